@@ -12,6 +12,7 @@ from typing import Iterable, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_choice, nearest
@@ -124,8 +125,8 @@ def _members(word, protocol):
         members = [c for c in GROUPS[word] if c in known]
         if members: return members
     if word in known: return [word]
-    where = '' if word not in (*CHANNELS, *GROUPS) else f" under protocol '{protocol}'"
-    raise ConfigError(f"channel '{word}' does not exist{where}{nearest(word, [*known, *GROUPS])}")
+    if word in (*CHANNELS, *GROUPS): raise ConfigError(f"channel '{word}' is not among the {len(known)} of protocol '{protocol}'; leave it out or use protocol 'default'")
+    raise ConfigError(f"channel '{word}' does not exist{nearest(word, [*known, *GROUPS])}")
 
 # %% ../../nbs/fire/01_channels.ipynb #365a78ca
 FILL = 1e30 # Larger magnitudes are fill values: no band comes near
@@ -180,13 +181,7 @@ def known(
     "Return where a value is neither NaN nor infinite nor a fill value."
     return x.abs() < FILL
 
-def _zero_unknown(values, x): return torch.where(known(x), values, torch.zeros((), device=x.device))
-
-def _sin(x): return _zero_unknown(torch.sin(torch.deg2rad(x)), x)
-
-def _cos(x): return _zero_unknown(torch.cos(torch.deg2rad(x)), x)
-
-# %% ../../nbs/fire/01_channels.ipynb #35c1fe6e
+# %% ../../nbs/fire/01_channels.ipynb #f47360f1
 class FireInputs(nn.Module):
     "Expand raw bands to normalised channels on the device of the model."
     def __init__(
@@ -219,38 +214,42 @@ class FireInputs(nn.Module):
         "Return the statistics in use, ready for JSON."
         return dict(bands=list(BAND), mean=self.mean.tolist(), std=self.std.tolist())
 
-    def forward(
-        self,
-        raw: Tensor, # (B, T, 24, H, W), float32 or half
-    ) -> Tensor: # (B, T, C, H, W) float32, without NaN
-        "Return the channels in the order of `channels`."
-        rules = self._wsts if self.protocol == 'wsts' else self._default
-        return torch.cat([rules(operation, raw, first, last) for operation, first, last in self._runs], dim=2)
-
-    def _z(self, x, i):
-        return (x - self.mean[i].view(-1, 1, 1)) / self.std[i].view(-1, 1, 1)
-
-    def _default(self, operation, raw, first, last):
-        i = slice(BAND['land_cover'], BAND['land_cover'] + 1) if operation == 'class' else slice(first, last + 1)
-        x = raw[:, :, i].float()
-        if operation == 'z': return _zero_unknown(self._z(x, i), x)
-        if operation == 'sin': return _sin(x)
-        if operation == 'cos': return _cos(x)
-        if operation == 'class': return (x == self.classes[first:last + 1].view(-1, 1, 1)).float()
-        if operation == 'unknown': return (~((x >= 1) & (x <= 17))).float()
-        if operation == 'hour': return torch.where(x > 0, self._z(x, i), torch.zeros((), device=x.device))
-        return ((x > 0) if operation == 'mask' else known(x)).float()
-
-    def _wsts(self, operation, raw, first, last):
-        if operation == 'mask': return self._default(operation, raw, first, last)
-        i = slice(BAND['land_cover'], BAND['land_cover'] + 1) if operation == 'class' else slice(first, last + 1)
-        x = raw[:, :, i].float()
-        if operation == 'class': return ((x.nan_to_num(nan=0.).long() - 1) % 17 + 1 == self.classes[first:last + 1].view(-1, 1, 1)).float()
-        return torch.nan_to_num(torch.sin(torch.deg2rad(x)) if operation == 'sin' else self._z(x, i), nan=0.)
-
 def _runs(channels):
     runs = []
     for c in channels:
         if runs and runs[-1][0] == c.operation and runs[-1][2] + 1 == c.number: runs[-1][2] = c.number
         else: runs.append([c.operation, c.number, c.number])
     return [tuple(r) for r in runs]
+
+# %% ../../nbs/fire/01_channels.ipynb #17396937
+@patch
+def forward(
+    self: FireInputs,
+    raw: Tensor, # (B, T, 24, H, W), float32 or half
+) -> Tensor: # (B, T, C, H, W) float32, without NaN
+    "Return the channels in the order of `channels`."
+    (b, t, _, *size), done = raw.shape, 0
+    out = torch.empty(b, t, self.output_dim, *size, device=raw.device)
+    for operation, first, last in self._runs:
+        self._write(out[:, :, done:done + last - first + 1], operation, raw, slice(first, last + 1))
+        done += last - first + 1
+    return out
+
+@patch
+def _write(self: FireInputs, out, operation, raw, numbers):
+    if operation == 'class': return out.copy_(self._classes(raw) == self.classes[numbers].view(-1, 1, 1))
+    x = raw[:, :, numbers]
+    if operation == 'unknown': return out.copy_(~((x >= 1) & (x <= 17)))
+    if operation == 'burned': return out.copy_(known(x))
+    if operation == 'mask': return out.copy_(x > 0)
+    out.copy_(x)
+    if self.protocol == 'default': out.masked_fill_(~(out > 0) if operation == 'hour' else ~known(out), torch.nan)
+    if operation == 'sin': out.deg2rad_().sin_()
+    elif operation == 'cos': out.deg2rad_().cos_()
+    else: out.sub_(self.mean[numbers].view(-1, 1, 1)).div_(self.std[numbers].view(-1, 1, 1))
+    return out.nan_to_num_(nan=0.)
+
+@patch
+def _classes(self: FireInputs, raw):
+    x = raw[:, :, BAND['land_cover'], None]
+    return x if self.protocol == 'default' else (x.nan_to_num(nan=0.).long() - 1) % 17 + 1
