@@ -17,8 +17,8 @@ def own(section):
     return {k: v for k, v in settings[section].items() if k not in meta}
 
 
-extras = {name: [r.strip() for r in value.split(",")] for name, value in own("extras").items()}
-extras["dev"] = lines("dev_requirements")
+def lists(section): return {k: [item.strip() for item in v.split(",")] for k, v in own(section).items()}
+
 
 setup(
     description=meta["description"],
@@ -28,9 +28,9 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     install_requires=lines("requirements"),
-    extras_require=extras,
+    extras_require={**lists("extras"), "dev": lines("dev_requirements")},
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["configs/**/*.yaml", "geo/*.npz"]},
+    package_data=lists("package_data"),
     entry_points={
         "console_scripts": [f"{name}={target}" for name, target in own("console_scripts").items()],
         "nbdev": [f"{lib}={lib}._modidx:d"],

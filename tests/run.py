@@ -1,0 +1,93 @@
+"""Run notebooks and tests, name each as it ends, and close with one line of counts.
+
+    python tests/run.py                             everything
+    python tests/run.py nbs/fire nbs/core.ipynb     these notebooks
+    python tests/run.py tests/test_frame.py         these tests
+
+Notebooks run two at a time, each in a process of its own, with GEOFORECAST_QUICK=1: the notebooks of nbs/runs
+read it and keep to a few seconds of training. Exit status 0 only if nothing failed.
+"""
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN_ONE = "import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1])[0])"
+TIMEOUT = 1200  # seconds a notebook
+
+
+def environment(workers: int) -> dict:
+    "Return the environment of a test process: this checkout's package, quick runs, its share of the cores."
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = str(max(1, (os.cpu_count() or 1)//workers))
+    return {**os.environ, "GEOFORECAST_QUICK": "1", "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
+
+
+def find_notebooks(path: Path) -> list[Path]:
+    "List the notebooks at or below `path` as nbdev does, those that run a training first, since they take longest."
+    from nbdev.doclinks import nbglob
+    found = [path] if path.is_file() else [Path(p).resolve() for p in nbglob(path)]
+    return sorted(found, key=lambda p: (p.parent.name != "runs", p))
+
+
+def run_notebook(path: Path, env: dict) -> tuple[Path, bool, float, str]:
+    "Run one notebook in a fresh process and return it with success, seconds and what it wrote."
+    start = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, "-c", RUN_ONE, str(path)], cwd=ROOT, env=env, timeout=TIMEOUT,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ok, text = done.returncode == 0, done.stdout
+    except subprocess.TimeoutExpired as e:
+        ok, text = False, f"{e.stdout or ''}\nstopped after {TIMEOUT} s"
+    return path, ok, time.monotonic() - start, text
+
+
+def run_notebooks(paths: list[Path], workers: int) -> tuple[int, int]:
+    "Run notebooks in parallel, print each with its time as it ends, and return how many passed and failed."
+    env, failed = environment(workers), 0
+    with ThreadPoolExecutor(workers) as pool:
+        for job in as_completed([pool.submit(run_notebook, p, env) for p in paths]):
+            path, ok, seconds, text = job.result()
+            failed += not ok
+            print(f"{'passed' if ok else 'FAILED'} {seconds:6.1f} s  {path.relative_to(ROOT)}", flush=True)
+            if not ok: print(text, flush=True)
+    return len(paths) - failed, failed
+
+
+def run_tests(paths: list[Path]) -> tuple[int, int, int]:
+    "Run pytest and return how many tests passed, failed and were skipped."
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder)/"report.xml"
+        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *map(str, paths)]
+        status = subprocess.run(command, cwd=ROOT, env=environment(1)).returncode
+        if not report.exists(): return 0, 1, 0
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    total, failures, errors, skipped = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
+    failed = failures + errors
+    return total - failed - skipped, failed or int(status != 0), skipped
+
+
+def main() -> int:
+    "Run what the command line names and return the exit status."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", type=Path, help="notebooks, folders of notebooks, test files; all by default")
+    parser.add_argument("--workers", type=int, default=2, help="notebooks at a time")
+    args = parser.parse_args()
+    for path in args.paths:
+        if not path.exists(): parser.error(f"{path} does not exist")
+    paths = [p.resolve() for p in args.paths] or [ROOT/"nbs", ROOT/"tests"]
+    tests = [p for p in paths if p.suffix == ".py" or p.name == "tests"]
+    notebooks = [n for p in paths if p not in tests for n in find_notebooks(p)]
+    good, bad = run_notebooks(notebooks, args.workers)
+    passed, failed, skipped = run_tests(tests) if tests else (0, 0, 0)
+    print(f"{good} notebooks passed, {bad} failed; {passed} tests passed, {failed} failed, {skipped} skipped")
+    return int(bool(bad or failed))
+
+
+if __name__ == "__main__": sys.exit(main())
