@@ -10,6 +10,7 @@ __all__ = ['georeference', 'spatial_dims', 'grid_of', 'cf_dataset', 'write_netcd
 from datetime import datetime, timezone
 from pathlib import Path
 import json
+import dask
 import numpy as np
 import pandas as pd
 import rasterio
@@ -90,6 +91,17 @@ def _plain_attrs(attrs):
     plain = lambda v: json.dumps(v) if isinstance(v, dict) else int(v) if isinstance(v, (bool, np.bool_)) else str(v) if isinstance(v, (Path, np.datetime64, datetime)) else v
     return {str(k): plain(v) for k, v in attrs.items() if v is not None and k != 'grid_mapping'}
 
+def _hours(ds):
+    "Write time differences as numbers of hours."
+    for name, v in ds.variables.items():
+        if v.dtype.kind == 'm': ds = ds.assign_coords({name: (v.dims, v.values/np.timedelta64(1, 'h'), {'units': 'hours', 'long_name': name.replace('_', ' '), 'standard_name': 'forecast_period'} | v.attrs)})
+    return ds
+
+def _leads(ds):
+    "Read hours of lead time as time differences."
+    leads = {n: v for n, v in ds.coords.items() if v.attrs.get('standard_name') == 'forecast_period' and v.attrs.get('units') == 'hours' and v.dtype.kind in 'fiu'}
+    return ds.assign_coords({n: (v.dims, (v.values*3.6e12).round().astype('m8[ns]'), {k: a for k, a in v.attrs.items() if k != 'units'}) for n, v in leads.items()})
+
 def cf_dataset(
     data, # DataArray or Dataset
 ) -> xr.Dataset: # Ready for CF: grid mapping, names and units of coordinates, global attributes
@@ -99,7 +111,7 @@ def cf_dataset(
     except DataError: y = x = None
     grid = grid_of(data) if y else None
     if grid: ds = ds.drop_vars('spatial_ref', errors='ignore').assign_coords({'spatial_ref': ((), np.int32(0), _spatial_ref(grid))})
-    ds = ds.drop_encoding()
+    ds = _hours(ds.drop_encoding())
     for name, variable in ds.variables.items():
         variable.attrs = _plain_attrs(variable.attrs)
         if name in (x, y): variable.attrs = _coordinate(grid, 'X' if name == x else 'Y') | variable.attrs
@@ -135,14 +147,14 @@ def write_netcdf(
 ) -> Path: # `path`
     "Write compressed CF NetCDF with CRS, coordinates, time and units."
     ds = cf_dataset(data)
-    with atomic_path(path) as p: ds.to_netcdf(p, engine='netcdf4', encoding=_encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True)))
+    with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_netcdf(p, engine='netcdf4', encoding=_encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True)))
     return Path(path)
 
 def read_netcdf(
     path: str | Path, # A NetCDF file, ours or any other
 ) -> xr.Dataset: # Opened lazily; `.load()` brings it to memory
     "Open a NetCDF file with its grid mapping among the coordinates; raises `DataError` where it is not one."
-    try: return xr.open_dataset(path, engine='netcdf4', decode_coords='all', decode_timedelta=True)
+    try: return _leads(xr.open_dataset(path, engine='netcdf4', decode_coords='all', decode_timedelta=False))
     except (OSError, ValueError) as e: raise DataError(f"cannot read {path} as NetCDF: {e}") from e
 
 # %% ../../nbs/geo/02_io.ipynb #75ad0d41
@@ -155,7 +167,7 @@ def write_zarr(
     encoding = _encoding(ds, 'chunks', {})
     for name, v in ds.variables.items():
         if v.chunks: encoding[name]['chunks'] = tuple(c[0] for c in v.chunks)
-    with atomic_path(path) as p: ds.to_zarr(p, mode='w', encoding=encoding, consolidated=False)
+    with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_zarr(p, mode='w', encoding=encoding, consolidated=False)
     return Path(path)
 
 def read_zarr(
@@ -163,7 +175,7 @@ def read_zarr(
 ) -> xr.Dataset: # Opened lazily, in dask chunks
     "Open a Zarr store with its grid mapping among the coordinates; raises `DataError` where it is not one."
     if not Path(path).is_dir(): raise DataError(f"cannot read {path} as Zarr: there is no such folder")
-    try: return xr.open_zarr(path, decode_coords='all', decode_timedelta=True, consolidated=None)
+    try: return _leads(xr.open_zarr(path, decode_coords='all', decode_timedelta=False, consolidated=None))
     except Exception as e: raise DataError(f"cannot read {path} as Zarr: {e}") from e
 
 # %% ../../nbs/geo/02_io.ipynb #63cbefa3
