@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Persistence', 'BoxBlur', 'flatten_time', 'start_at_rate', 'Logistic', 'ConvLSTMNet', 'ChannelNorm', 'double_conv',
-           'pad_to_multiple', 'UNet']
+           'UNet']
 
 # %% ../../nbs/fire/06_models.ipynb #16077989
 import math
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core import ConfigError
 from ..nn.convlstm import ConvLSTM
+from ..nn.tiling import pad_to_multiple
 
 # %% ../../nbs/fire/06_models.ipynb #22c09636
 class Persistence(nn.Module):
@@ -132,15 +133,6 @@ def double_conv(
     "Build the block of one U-Net level: twice 3x3 convolution, norm and ReLU."
     def unit(a, b): return [nn.Conv2d(a, b, 3, padding=1, bias=False), ChannelNorm(b), nn.ReLU(inplace=True)]
     return nn.Sequential(*unit(input_dim, output_dim), nn.Dropout2d(dropout_rate), *unit(output_dim, output_dim))
-
-# %% ../../nbs/fire/06_models.ipynb #08215353
-def pad_to_multiple(
-    x: Tensor, # (B, C, H, W)
-    multiple: int, # What both sides must be a multiple of
-) -> Tensor: # (B, C, H', W'), with H' - H and W' - W below `multiple`
-    "Pad bottom and right by repeating the last row and column."
-    height, width = x.shape[-2:]
-    return F.pad(x, (0, -width % multiple, 0, -height % multiple), mode='replicate')
 
 # %% ../../nbs/fire/06_models.ipynb #7ec174e0
 class UNet(nn.Module):
