@@ -168,10 +168,10 @@ def detections_to_fire(
     covered: Iterable | None = None, # Days that were observed; see `covered_days`
 ) -> Path: # `out`
     "Make a fire file of detections; raise `DataError` where nothing is left or the points are too far apart for one fire."
-    table = detections if isinstance(detections, pd.DataFrame) else read_detections(detections)
+    table = _complete(detections) if isinstance(detections, pd.DataFrame) else read_detections(detections)
     chosen = select_detections(table, low_confidence, bounds)
     if not len(chosen): raise DataError(f'none of {len(table)} detections is left to make a fire of; check bounds and confidence')
-    if covered is None: covered = _span(table) if table is detections else covered_days(detections)
+    if covered is None: covered = _span(table) if isinstance(detections, pd.DataFrame) else covered_days(detections)
     covered = np.array([str(d)[:10] for d in covered], 'datetime64[D]')
     days = np.arange(_day(chosen.day.min()), max(_day(chosen.day.max()), covered.max()) + 1)
     grid = Grid.around(chosen.lon, chosen.lat, size=size, margin=margin, crs=crs)
@@ -181,6 +181,11 @@ def detections_to_fire(
     data[:, BAND['detection_hour']] = detection_layers(chosen, days, grid)
     data[~np.isin(days, np.union1d(covered, chosen.day.to_numpy().astype('datetime64[D]')))] = np.nan
     return write_fire(out, data, days, grid, Path(out).stem)
+
+def _complete(table):
+    lacking = [c for c in ('lon', 'lat', 'time') if c not in table]
+    if lacking: raise DataError(f"detections lack {', '.join(lacking)}; the table has {', '.join(map(str, table))}")
+    return table.assign(day=table.time.dt.normalize(), **{k: v for k, v in dict(confidence='', type=0).items() if k not in table})
 
 def _day(time): return time.to_datetime64().astype('datetime64[D]')
 
