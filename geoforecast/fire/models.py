@@ -122,7 +122,7 @@ class ChannelNorm(nn.Module):
     def forward(self,
         x: Tensor, # (B, C, H, W)
     ) -> Tensor: # (B, C, H, W)
-        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias).movedim(-1, 1)
+        return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias).movedim(-1, 1).to(x.dtype)
 
 # %% ../../nbs/fire/06_models.ipynb #380f6d5b
 def double_conv(
