@@ -40,7 +40,6 @@ def write_fire(
     dates = parse_dates(dates, name)
     check_layout(name, np.shape(data), dates)
     if np.shape(data)[2:] != grid.shape: raise DataError(f'{name}: data of {data.shape[2]} x {data.shape[3]} pixels on a grid of {grid.height} x {grid.width}')
-    left, bottom, right, top = grid.bounds
     with atomic_path(path) as p, h5py.File(p, 'w') as f:
         dataset = f.create_dataset('data', data=np.ascontiguousarray(data, '<f4'))
         dataset.attrs.update(year=int(str(dates[0])[:4]) if year is None else int(year), fire_name=name, img_dates=[str(d) for d in dates],
