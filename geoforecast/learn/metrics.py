@@ -210,8 +210,8 @@ class ScoreTable:
 
     def _cell(self, column, i):
         value, bounds = self.frame[column][i], [self.frame[f'{column}_{e}'][i] if f'{column}_{e}' in self.frame else np.nan for e in ('lo', 'hi')]
+        if pd.isna(value): return '-'
         if not isinstance(value, (float, np.floating)): return str(value)
-        if np.isnan(value): return '-'
         if column not in SCORE_KEYS: return f'{value:.0f}' if value == round(value) else f'{value:.4g}'
         return f'{value:.3f}' + ('' if any(map(pd.isna, bounds)) else f' [{bounds[0]:.3f}, {bounds[1]:.3f}]')
 
@@ -224,7 +224,7 @@ class ScoreTable:
     def _repr_html_(self):
         def cell(c, i): return f'<b>{self._cell(c, i)}</b>' if i in self.best[c] else html.escape(self._cell(c, i))
         arrow = {'max': ' ↑', 'min': ' ↓', '': ''}
-        cells = {c + arrow[SCORE_KEYS.get(c, ('', '', ''))[2]]: [cell(c, i) for i in self.frame.index] for c in self.columns}
+        cells = {html.escape(c) + arrow[SCORE_KEYS.get(c, ('', '', ''))[2]]: [cell(c, i) for i in self.frame.index] for c in self.columns}
         return pd.DataFrame(cells).to_html(index=False, escape=False, border=0)
 
 # %% ../../nbs/learn/02_metrics.ipynb #cf6c6092
