@@ -22,7 +22,7 @@ test: $(STAMP)
 	$(BIN)/python tests/run.py
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab $(LAB) nbs/index.ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(LAB)
 
 install: $(STAMP)
 
