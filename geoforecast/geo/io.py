@@ -9,6 +9,7 @@ __all__ = ['georeference', 'spatial_dims', 'grid_of', 'cf_dataset', 'write_netcd
 # %% ../../nbs/geo/02_io.ipynb #63113e8a
 from datetime import datetime, timezone
 from pathlib import Path
+import asyncio
 import json
 import dask
 import numpy as np
@@ -16,6 +17,7 @@ import pandas as pd
 import rasterio
 import xarray as xr
 from pyproj import CRS
+from zarr.core.sync import sync
 from ..core import DataError, atomic_path
 from .grid import Grid, shift_longitudes
 
@@ -93,9 +95,8 @@ def _plain_attrs(attrs):
 
 def _hours(ds):
     "Write time differences as numbers of hours."
-    for name, v in ds.variables.items():
-        if v.dtype.kind == 'm': ds = ds.assign_coords({name: (v.dims, v.values/np.timedelta64(1, 'h'), {'units': 'hours', 'long_name': name.replace('_', ' '), 'standard_name': 'forecast_period'} | v.attrs)})
-    return ds
+    hours = lambda name, v: (v.dims, v.values/np.timedelta64(1, 'h'), {'units': 'hours', 'long_name': name.replace('_', ' ')} | ({'standard_name': 'forecast_period'} if name in ds.coords else {}) | v.attrs)
+    return ds.assign({name: hours(name, v) for name, v in ds.variables.items() if v.dtype.kind == 'm'})
 
 def _leads(ds):
     "Read hours of lead time as time differences."
@@ -158,6 +159,9 @@ def read_netcdf(
     except (OSError, ValueError) as e: raise DataError(f"cannot read {path} as NetCDF: {e}") from e
 
 # %% ../../nbs/geo/02_io.ipynb #75ad0d41
+async def _others():
+    await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()}, return_exceptions=True)
+
 def write_zarr(
     path: str | Path, # Folder to write; it is whole or absent
     data, # DataArray or Dataset; dask arrays are written as they are computed
@@ -167,7 +171,9 @@ def write_zarr(
     encoding = _encoding(ds, 'chunks', {})
     for name, v in ds.variables.items():
         if v.chunks: encoding[name]['chunks'] = tuple(c[0] for c in v.chunks)
-    with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_zarr(p, mode='w', encoding=encoding, consolidated=False)
+    with atomic_path(path) as p, dask.config.set(scheduler='synchronous'):
+        try: ds.to_zarr(p, mode='w', encoding=encoding, consolidated=False)
+        except BaseException: sync(_others()); raise
     return Path(path)
 
 def read_zarr(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PROBABILITY', 'FIRE', 'RAIN', 'DIFFERENCE', 'OKABE_ITO', 'HALO', 'GROUND', 'natural_earth', 'projection_of',
-           'map_axes', 'draw_graticule', 'extent_of', 'draw_coastlines', 'category_colors', 'add_colorbar',
+           'extent_of', 'draw_graticule', 'map_axes', 'draw_coastlines', 'category_colors', 'add_colorbar',
            'draw_field', 'draw_box', 'terrain_shading', 'draw_outline', 'draw_scale_bar', 'draw_locator',
            'draw_categories']
 
@@ -63,50 +63,7 @@ def _grid(place):
     if not (west < east and south < north): raise DataError(f"an extent is (west, east, south, north) with west < east and south < north, not {place!r}")
     return Grid('EPSG:4326', (east - west, 0, west, 0, south - north, north), 1, 1)
 
-def map_axes(
-    place, # Grid, georeferenced DataArray or Dataset, or (west, east, south, north) in degrees
-    projection: ccrs.Projection | None = None, # The grid's own by default
-    figsize: tuple | None = None, # Inches; about 5 an axes by default
-    nrows: int = 1, # Maps above one another
-    ncols: int = 1, # Maps side by side
-    labels: bool = True, # Longitudes and latitudes along the edges
-): # Figure, and one axes or an array of them
-    "Make map axes that show the whole of a grid; raises `DataError` for what is no place."
-    grid = _grid(place)
-    left, bottom, right, top = grid.bounds
-    shape = np.clip((top - bottom)/(right - left), .35, 1.6)
-    fig, axes = plt.subplots(nrows, ncols, figsize=figsize or (5*ncols, 5*shape*nrows + .4), layout='constrained', subplot_kw=dict(projection=projection or projection_of(grid)))
-    for ax in np.ravel(axes):
-        if projection is None: _limit(ax, grid)
-        elif grid.extent_lonlat[1] - grid.extent_lonlat[0] < 359: ax.set_extent(grid.extent_lonlat, ccrs.PlateCarree())
-        else: ax.set_global()
-        if labels: draw_graticule(ax)
-    return fig, axes
-
-def _limit(ax, grid):
-    left, bottom, right, top = grid.bounds
-    middle = _center(ax.projection) if grid.is_geographic else 0
-    ax.set_xlim(left - middle, right - middle); ax.set_ylim(bottom, top)
-
-def _degrees(value, positive, negative):
-    value = (value + 180) % 360 - 180 if positive == 'E' else value
-    side = '' if value in (0, -180) else positive if value > 0 else negative
-    return f"{abs(round(value, 6)):g}°{side}"
-
-def draw_graticule(
-    ax, # Map axes
-    color: str = '.5', # Of the lines; labels are dark
-):
-    "Draw meridians and parallels at round degrees, labelled at the left and the bottom."
-    west, east, _, _ = extent_of(ax)
-    middle, steps = 180*(west < -180 or east > 180), [1, 2, 5, 10] if east - west <= 90 else [1, 1.5, 3, 6, 10]
-    lines = ax.gridlines(ccrs.PlateCarree(middle), draw_labels={'left': 'y', 'bottom': 'x'}, linewidth=.4, color=color, alpha=.5, x_inline=False, y_inline=False, rotate_labels=False,
-                         xlocs=MaxNLocator(6, steps=steps), ylocs=MaxNLocator(6, steps=steps),
-                         xformatter=FuncFormatter(lambda v, _: _degrees(v + middle, 'E', 'W')), yformatter=FuncFormatter(lambda v, _: _degrees(v, 'N', 'S')))
-    lines.xlabel_style = lines.ylabel_style = {'size': 8, 'color': '.2'}
-    return lines
-
-# %% ../../nbs/geo/03_maps.ipynb #df4e1ac2
+# %% ../../nbs/geo/03_maps.ipynb #54cdb7ac
 def extent_of(
     ax, # Map axes
 ) -> tuple: # (west, east, south, north) in degrees; the whole globe where the frame shows most of it
@@ -119,6 +76,55 @@ def extent_of(
     if np.ptp(lon) > 300: return -180., 180., float(lat.min()), float(lat.max())
     return float(lon.min()), float(lon.max()), float(lat.min()), float(lat.max())
 
+# %% ../../nbs/geo/03_maps.ipynb #0d48bcf5
+def _degrees(value, positive, negative):
+    value = wrap_longitude(value) if positive == 'E' else value
+    side = '' if value in (0, -180) else positive if value > 0 else negative
+    return f"{abs(round(value, 6)):g}°{side}"
+
+def draw_graticule(
+    ax, # Map axes
+    color: str = '.5', # Of the lines; labels are dark
+):
+    "Draw meridians and parallels at round degrees, labelled at the left and the bottom."
+    west, east, _, _ = extent_of(ax)
+    middle, steps = 180*(west < -180 or east > 180), [1, 2, 5, 10] if east - west <= 90 else [1, 1.5, 3, 6, 10]
+    lines = ax.gridlines(ccrs.PlateCarree(middle), draw_labels={'left': 'y', 'bottom': 'x'}, x_inline=False, y_inline=False, rotate_labels=False,
+                         xlocs=MaxNLocator(6, steps=steps), ylocs=MaxNLocator(6, steps=steps), linewidth=.4, color=color, alpha=.5,
+                         xformatter=FuncFormatter(lambda v, _: _degrees(v + middle, 'E', 'W')), yformatter=FuncFormatter(lambda v, _: _degrees(v, 'N', 'S')))
+    lines.xlabel_style = lines.ylabel_style = {'size': 8, 'color': '.2'}
+    return lines
+
+# %% ../../nbs/geo/03_maps.ipynb #61281c46
+def map_axes(
+    place, # Grid, georeferenced DataArray or Dataset, or (west, east, south, north) in degrees
+    projection: ccrs.Projection | None = None, # The grid's own by default
+    figsize: tuple | None = None, # Inches; 5 wide an axes by default
+    nrows: int = 1, # Maps above one another
+    ncols: int = 1, # Maps side by side
+    labels: bool = True, # Longitudes and latitudes along the edges
+): # Figure, and one axes or an array of them
+    "Make map axes that show the whole of a grid; raises `DataError` for what is no place."
+    grid = _grid(place)
+    left, bottom, right, top = grid.bounds
+    figsize = figsize or (5*ncols, 5*np.clip((top - bottom)/(right - left), .35, 1.6)*nrows + .4)
+    frame = dict(projection=projection or projection_of(grid))
+    fig, axes = plt.subplots(nrows, ncols, figsize=figsize, layout='constrained', subplot_kw=frame)
+    for ax in np.ravel(axes):
+        _limit(ax, grid, own=projection is None)
+        if labels: draw_graticule(ax)
+    return fig, axes
+
+def _limit(ax, grid, own=True):
+    "Show the whole grid, on its own projection or another."
+    left, bottom, right, top = grid.bounds
+    west, east, south, north = grid.extent_lonlat
+    middle = _center(ax.projection) if grid.is_geographic else 0
+    if own: ax.set_xlim(left - middle, right - middle); ax.set_ylim(bottom, top)
+    elif east - west < 359: ax.set_extent((west, east, south, north), ccrs.PlateCarree())
+    else: ax.set_global()
+
+# %% ../../nbs/geo/03_maps.ipynb #df4e1ac2
 def _visible(lines, extent):
     west, east, south, north = extent
     margin = max(east - west, north - south)/50
@@ -184,6 +190,7 @@ def _paint(ax, grid, values, **style):
     ax.set_xlim(limits[0]); ax.set_ylim(limits[1])
     return artist
 
+# %% ../../nbs/geo/03_maps.ipynb #97d46d8a
 def add_colorbar(
     artist, # What `draw_field` returned
     ax, # Its axes, or several that share the colours
@@ -271,6 +278,7 @@ def draw_outline(
     if ring.any(): ax.contour(x, y, ring, [.5], colors=[color], linewidths=linewidth, **({} if middle is not None else dict(transform=projection_of(grid)))).set_path_effects(HALO)
     return plt.Line2D([], [], color=color, linewidth=linewidth, label=label, path_effects=HALO)
 
+# %% ../../nbs/geo/03_maps.ipynb #0737b9f3
 def draw_scale_bar(
     ax, # Map axes
     km: float | None = None, # Its length; about a fifth of the map by default
