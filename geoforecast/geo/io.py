@@ -26,8 +26,8 @@ def _coordinate(grid, axis):
     if grid.is_geographic:
         word, unit = ('longitude', 'degrees_east') if axis == 'X' else ('latitude', 'degrees_north')
         return dict(standard_name=word, long_name=word, units=unit, axis=axis)
-    unit = CRS(grid.crs).axis_info[0].unit_name
-    return dict(standard_name=f"projection_{axis.lower()}_coordinate", long_name=f"{axis.lower()} coordinate of projection", units={'metre': 'm'}.get(unit, unit), axis=axis)
+    unit, name = CRS(grid.crs).axis_info[0].unit_name, axis.lower()
+    return dict(standard_name=f"projection_{name}_coordinate", long_name=f"{name} coordinate of projection", units={'metre': 'm'}.get(unit, unit), axis=axis)
 
 def _spatial_ref(grid):
     a, b, c, d, e, f = grid.transform
@@ -57,10 +57,12 @@ def georeference(
 _NAMES = {'X': ('x', 'lon', 'longitude'), 'Y': ('y', 'lat', 'latitude')}
 
 def _dim(data, axis):
-    marked = [d for d in data.dims if d in data.coords and (data[d].attrs.get('axis') == axis or data[d].attrs.get('standard_name') in (_NAMES[axis][-1], f"projection_{axis.lower()}_coordinate"))]
-    named = [d for d in data.dims if str(d).lower() in _NAMES[axis] and d in data.coords]
-    if not marked + named: raise DataError(f"no {axis} coordinate among the dimensions {tuple(data.dims)}; name it {' or '.join(_NAMES[axis])}, or give it the CF attribute axis='{axis}'")
-    return (marked + named)[0]
+    dims = [d for d in data.dims if d in data.coords]
+    standard = (_NAMES[axis][-1], f"projection_{axis.lower()}_coordinate")
+    marked = [d for d in dims if data[d].attrs.get('axis') == axis or data[d].attrs.get('standard_name') in standard]
+    found = marked + [d for d in dims if str(d).lower() in _NAMES[axis]]
+    if found: return found[0]
+    raise DataError(f"no {axis} coordinate among the dimensions {tuple(data.dims)}; name it {' or '.join(_NAMES[axis])}, or give it the CF attribute axis='{axis}'")
 
 def spatial_dims(
     data, # DataArray or Dataset
@@ -90,18 +92,36 @@ def grid_of(
 
 # %% ../../nbs/geo/02_io.ipynb #915318f9
 def _plain_attrs(attrs):
-    plain = lambda v: json.dumps(v) if isinstance(v, dict) else int(v) if isinstance(v, (bool, np.bool_)) else str(v) if isinstance(v, (Path, np.datetime64, datetime)) else v
+    "Turn attributes into what NetCDF can hold: text, numbers and lists of them."
+    def plain(v):
+        if isinstance(v, dict): return json.dumps(v)
+        if isinstance(v, (bool, np.bool_)): return int(v)
+        return str(v) if isinstance(v, (Path, np.datetime64, datetime)) else v
     return {str(k): plain(v) for k, v in attrs.items() if v is not None and k != 'grid_mapping'}
 
 def _hours(ds):
-    "Write time differences as numbers of hours."
-    hours = lambda name, v: (v.dims, v.values/np.timedelta64(1, 'h'), {'units': 'hours', 'long_name': name.replace('_', ' ')} | ({'standard_name': 'forecast_period'} if name in ds.coords else {}) | v.attrs)
-    return ds.assign({name: hours(name, v) for name, v in ds.variables.items() if v.dtype.kind == 'm'})
+    "Write time differences as numbers of hours; those that are coordinates are lead times."
+    for name, v in ds.variables.items():
+        if v.dtype.kind != 'm': continue
+        about = {'units': 'hours', 'long_name': name.replace('_', ' ')} | ({'standard_name': 'forecast_period'} if name in ds.coords else {})
+        ds = ds.assign({name: (v.dims, v.values/np.timedelta64(1, 'h'), about | v.attrs)})
+    return ds
 
 def _leads(ds):
     "Read hours of lead time as time differences."
-    leads = {n: v for n, v in ds.coords.items() if v.attrs.get('standard_name') == 'forecast_period' and v.attrs.get('units') == 'hours' and v.dtype.kind in 'fiu'}
-    return ds.assign_coords({n: (v.dims, (v.values*3.6e12).round().astype('m8[ns]'), {k: a for k, a in v.attrs.items() if k != 'units'}) for n, v in leads.items()})
+    for name, v in ds.coords.items():
+        if v.attrs.get('standard_name') != 'forecast_period' or v.attrs.get('units') != 'hours': continue
+        attrs = {k: a for k, a in v.attrs.items() if k != 'units'}
+        ds = ds.assign_coords({name: (v.dims, (v.values*3.6e12).round().astype('m8[ns]'), attrs)})
+    return ds
+
+# %% ../../nbs/geo/02_io.ipynb #bcbe5c32
+def _stamp(attrs, approximate):
+    "Complete global attributes: what the file says of itself, then conventions and history."
+    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
+    history = '\n'.join(filter(None, [f"{now} written by geoforecast", attrs.get('history')]))
+    attrs = {'title': 'geoforecast output', 'source': 'geoforecast'} | attrs | {'Conventions': 'CF-1.8', 'history': history}
+    return attrs | ({'georeference': 'approximate'} if approximate else {})
 
 def cf_dataset(
     data, # DataArray or Dataset
@@ -113,21 +133,18 @@ def cf_dataset(
     grid = grid_of(data) if y else None
     if grid: ds = ds.drop_vars('spatial_ref', errors='ignore').assign_coords({'spatial_ref': ((), np.int32(0), _spatial_ref(grid))})
     ds = _hours(ds.drop_encoding())
-    for name, variable in ds.variables.items():
-        variable.attrs = _plain_attrs(variable.attrs)
-        if name in (x, y): variable.attrs = _coordinate(grid, 'X' if name == x else 'Y') | variable.attrs
-        elif grid and {x, y} <= set(variable.dims): variable.encoding['grid_mapping'] = 'spatial_ref'
-        if variable.dtype.kind == 'M': variable.attrs = {'standard_name': 'time', 'axis': 'T'} | variable.attrs if name == 'time' else variable.attrs
-    now = datetime.now(timezone.utc).isoformat(timespec='seconds')
-    given = _plain_attrs(ds.attrs)
-    ds.attrs = {'title': 'geoforecast output', 'source': 'geoforecast'} | given | {'Conventions': 'CF-1.8', 'history': '\n'.join(filter(None, [f"{now} written by geoforecast", given.get('history')]))}
-    if grid and grid.approximate: ds.attrs['georeference'] = 'approximate'
-    return ds
+    for name, v in ds.variables.items():
+        v.attrs = _plain_attrs(v.attrs)
+        if name in (x, y): v.attrs = _coordinate(grid, 'X' if name == x else 'Y') | v.attrs
+        elif grid and {x, y} <= set(v.dims): v.encoding['grid_mapping'] = 'spatial_ref'
+        if name == 'time' and v.dtype.kind == 'M': v.attrs = {'standard_name': 'time', 'axis': 'T'} | v.attrs
+    return ds.assign_attrs(_stamp(_plain_attrs(ds.attrs), grid is not None and grid.approximate))
 
 # %% ../../nbs/geo/02_io.ipynb #7ef985b5
 def _time_encoding(values):
-    whole = (pd.DatetimeIndex(np.ravel(values)).normalize() == pd.DatetimeIndex(np.ravel(values))).all()
-    return dict(units='days since 1970-01-01', dtype='int32', calendar='standard') if whole else dict(units='seconds since 1970-01-01', dtype='float64', calendar='standard')
+    times = pd.DatetimeIndex(np.ravel(values))
+    unit, dtype = ('days', 'int32') if (times == times.normalize()).all() else ('seconds', 'float64')
+    return dict(units=f'{unit} since 1970-01-01', dtype=dtype, calendar='standard')
 
 def _encoding(ds, chunk_key, compression):
     "Choose type, chunks and compression of every variable."
@@ -148,7 +165,8 @@ def write_netcdf(
 ) -> Path: # `path`
     "Write compressed CF NetCDF with CRS, coordinates, time and units."
     ds = cf_dataset(data)
-    with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_netcdf(p, engine='netcdf4', encoding=_encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True)))
+    encoding = _encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True))
+    with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_netcdf(p, engine='netcdf4', encoding=encoding)
     return Path(path)
 
 def read_netcdf(
@@ -181,7 +199,7 @@ def read_zarr(
 ) -> xr.Dataset: # Opened lazily, in dask chunks
     "Open a Zarr store with its grid mapping among the coordinates; raises `DataError` where it is not one."
     if not Path(path).is_dir(): raise DataError(f"cannot read {path} as Zarr: there is no such folder")
-    try: return _leads(xr.open_zarr(path, decode_coords='all', decode_timedelta=False, consolidated=None))
+    try: return _leads(xr.open_zarr(path, decode_coords='all', decode_timedelta=False, consolidated=False))
     except Exception as e: raise DataError(f"cannot read {path} as Zarr: {e}") from e
 
 # %% ../../nbs/geo/02_io.ipynb #63cbefa3
@@ -198,11 +216,27 @@ def _day(time):
     text = pd.Timestamp(time).isoformat()
     return text.removesuffix('T00:00:00')
 
-def _tags(data, tags):
-    time = [v.values for v in data.coords.values() if v.ndim == 0 and v.dtype.kind == 'M']
-    when = dict(date=_day(time[0]), TIFFTAG_DATETIME=pd.Timestamp(time[0]).strftime('%Y:%m:%d %H:%M:%S')) if time else {}
-    about = {k: v for k, v in data.attrs.items() if k in ('units', 'long_name', 'standard_name')} | ({'name': data.name} if data.name else {})
-    return {k: str(v) for k, v in (about | when | dict(TIFFTAG_SOFTWARE='geoforecast') | dict(tags or {})).items()}
+def _tags(data, grid, tags):
+    times = [v.values for v in data.coords.values() if v.ndim == 0 and v.dtype.kind == 'M']
+    found = {k: v for k, v in data.attrs.items() if k in ('units', 'long_name', 'standard_name')} | {'TIFFTAG_SOFTWARE': 'geoforecast'}
+    if data.name: found['name'] = data.name
+    if times: found |= dict(date=_day(times[0]), TIFFTAG_DATETIME=pd.Timestamp(times[0]).strftime('%Y:%m:%d %H:%M:%S'))
+    if grid.approximate: found['georeference'] = 'approximate'
+    return {k: str(v) for k, v in (found | dict(tags or {})).items()}
+
+def _labels(data):
+    if data.ndim == 2: return [data.name] if data.name else []
+    labels = data[data.dims[0]].values if data.dims[0] in data.coords else range(1, data.shape[0] + 1)
+    return [_day(v) if isinstance(v, np.datetime64) else str(v) for v in labels]
+
+# %% ../../nbs/geo/02_io.ipynb #047e4641
+def _profile(values, grid, nodata):
+    real = values.dtype.kind == 'f'
+    tiles = dict(tiled=True, blockxsize=256, blockysize=256) if min(grid.shape) >= 256 else {}
+    return dict(driver='GTiff', height=grid.height, width=grid.width, count=len(values), dtype=values.dtype,
+                crs=rasterio.crs.CRS.from_user_input(grid.crs), transform=rasterio.Affine(*grid.transform),
+                compress='deflate', predictor=3 if real else 2, BIGTIFF='IF_SAFER',
+                nodata=np.nan if nodata is None and real else nodata) | tiles
 
 def write_geotiff(
     path: str | Path, # File to write; it is whole or absent
@@ -213,22 +247,14 @@ def write_geotiff(
     "Write a compressed GeoTIFF with CRS, transform and date; raises `DataError` for other than 2 or 3 dimensions."
     if data.ndim not in (2, 3): raise DataError(f"a GeoTIFF holds (y, x) or (band, y, x), not {data.dims}; select one of the others or use NetCDF")
     data = _image(data)
-    grid, values = grid_of(data), data.values
-    kind = values.dtype.kind
-    values = values.astype('uint8' if kind == 'b' else 'float32') if kind == 'b' or values.dtype == 'float16' else values
-    tiling = dict(tiled=True, blockxsize=256, blockysize=256) if min(grid.shape) >= 256 else {}
-    profile = dict(driver='GTiff', height=grid.height, width=grid.width, count=1 if data.ndim == 2 else len(values), dtype=values.dtype, crs=rasterio.crs.CRS.from_user_input(grid.crs),
-                   transform=rasterio.Affine(*grid.transform), compress='deflate', predictor=3 if kind == 'f' else 2, nodata=np.nan if nodata is None and kind == 'f' else nodata, BIGTIFF='IF_SAFER', **tiling)
-    with atomic_path(path) as p, rasterio.open(p, 'w', **profile) as f:
-        f.write(values.reshape(-1, *grid.shape))
-        f.update_tags(**_tags(data, tags), **(dict(georeference='approximate') if grid.approximate else {}))
+    grid = grid_of(data)
+    values = data.values.reshape(-1, *grid.shape)
+    values = values.astype({'bool': 'uint8', 'float16': 'float32'}.get(values.dtype.name, values.dtype))
+    with atomic_path(path) as p, rasterio.open(p, 'w', **_profile(values, grid, nodata)) as f:
+        f.write(values)
+        f.update_tags(**_tags(data, grid, tags))
         for i, label in enumerate(_labels(data), 1): f.set_band_description(i, label)
     return Path(path)
-
-def _labels(data):
-    if data.ndim == 2: return [data.name] if data.name else []
-    labels = data[data.dims[0]].values if data.dims[0] in data.coords else range(1, data.shape[0] + 1)
-    return [_day(v) if isinstance(v, np.datetime64) else str(v) for v in labels]
 
 # %% ../../nbs/geo/02_io.ipynb #9c543ccf
 def _times(labels):
@@ -243,13 +269,13 @@ def read_geotiff(
     try: f = rasterio.open(path)
     except rasterio.RasterioIOError as e: raise DataError(f"cannot read {path} as GeoTIFF: {e}") from e
     with f:
-        tags = {k: v for k, v in f.tags().items() if k != 'AREA_OR_POINT'}
         if not (f.crs or crs): raise DataError(f"{path} has no CRS; give crs='EPSG:n'")
-        grid = Grid(crs or f.crs.to_wkt(), f.transform, f.height, f.width, tags.get('georeference') == 'approximate')
-        values, labels, nodata, kind = f.read(), f.descriptions, f.nodata, np.dtype(f.dtypes[0]).kind
-    if nodata is not None and kind == 'f': values = np.where(values == values.dtype.type(nodata), np.nan, values)
-    name, attrs = tags.pop('name', None), tags | ({'nodata': nodata} if nodata is not None and kind != 'f' else {})
-    day, days = _times([tags.get('date')]), _times(labels)
-    if len(values) == 1: return georeference(values[0], grid, ('y', 'x'), {'time': day[0]} if day is not None else {}, name, attrs)
-    bands = [label or str(i) for i, label in enumerate(labels, 1)]
-    return georeference(values, grid, ('band' if days is None else 'time', 'y', 'x'), {'band': bands} if days is None else {'time': days}, name, attrs)
+        attrs = {k: v for k, v in f.tags().items() if k != 'AREA_OR_POINT'}
+        grid = Grid(crs or f.crs.to_wkt(), f.transform, f.height, f.width, attrs.get('georeference') == 'approximate')
+        values, labels, nodata = f.read(), f.descriptions, f.nodata
+    if nodata is not None and values.dtype.kind == 'f': values[values == values.dtype.type(nodata)] = np.nan
+    elif nodata is not None: attrs['nodata'] = nodata
+    name, day, days = attrs.pop('name', None), _times([attrs.get('date')]), _times(labels)
+    if len(values) == 1: return georeference(values[0], grid, ('y', 'x'), {} if day is None else {'time': day[0]}, name, attrs)
+    if days is not None: return georeference(values, grid, ('time', 'y', 'x'), {'time': days}, name, attrs)
+    return georeference(values, grid, ('band', 'y', 'x'), {'band': [label or str(i) for i, label in enumerate(labels, 1)]}, name, attrs)
