@@ -89,7 +89,7 @@ class Grid:
     def __eq__(self, other):
         if not isinstance(other, Grid): return NotImplemented
         same = (self.transform, self.shape, self.approximate) == (other.transform, other.shape, other.approximate)
-        return same and (self.crs == other.crs or _crs(self.crs) == _crs(other.crs))
+        return same and (self.crs == other.crs or _crs(self.crs).equals(_crs(other.crs), ignore_axis_order=True))
 
     def __hash__(self): return hash((self.transform, self.shape, self.approximate))
 
