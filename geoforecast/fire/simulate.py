@@ -102,7 +102,7 @@ def random_shape(
 ) -> tuple[int, int, int]: # T, H, W
     "Draw days, rows and columns as the benchmark's fires have them."
     days = 9 + rng.lognormal(np.log(10.5), .75)
-    return int(min(days, 94)), int(rng.integers(297, 357)), int(rng.integers(207, 312))
+    return int(min(days, 94)), int(rng.triangular(297, 305, 357)), int(rng.triangular(207, 232, 312))
 
 def random_grid(
     rng: np.random.Generator, # Source of randomness

@@ -212,10 +212,7 @@ def spread(
     step: float = .25, # Hours
 ) -> np.ndarray: # (H, W) hour of arrival, infinite where the fire never came
     "Let a fire travel: minimum travel time (Finney 2002) under changing weather."
-    flat = {name: np.ravel(a) for name, a in vars(land).items()}
-    offset, rate = ROW*land.rate.shape[1] + COLUMN, np.zeros_like(land.rate)
-    rate[1:-1, 1:-1] = land.rate[1:-1, 1:-1]/CELL # the rim does not burn, so neighbours are always on the grid
-    rate = rate.ravel()
+    flat, offset, rate = {name: np.ravel(a) for name, a in vars(land).items()}, ROW*land.rate.shape[1] + COLUMN, _inner(land.rate).ravel()/CELL
     arrival, clock, progress = np.full(rate.size, np.inf), np.zeros(rate.size), np.zeros((rate.size, 8))
     burning = np.unique(np.ravel_multi_index(np.transpose(cells), land.rate.shape))
     burning = burning[rate[burning] > 0]
@@ -233,6 +230,8 @@ def spread(
         clock[new] = arrival[new]
         burning = np.concatenate([burning, np.unique(new)])
     return arrival.reshape(land.rate.shape)
+
+def _inner(rate): return np.pad(rate[1:-1, 1:-1], 1) # the rim does not burn, so every burning cell has eight neighbours
 
 def _pace(flat, cells, weather, hour, rng):
     day, cycle = int(hour//24), diurnal(hour)
