@@ -199,6 +199,11 @@ class FireInputs(nn.Module):
     @property
     def output_dim(self) -> int: return len(self.channels)
 
+    @property
+    def bands(self) -> list[int]:
+        "Raw bands that the channels are made of; a loader may leave the others NaN."
+        return sorted({BAND['land_cover'] if _table[c].operation in ('class', 'unknown') else _table[c].number for c in self.channels})
+
     def set_statistics(
         self,
         statistics: dict, # `mean` and `std`, 24 numbers each, as `channel_statistics` gives them
