@@ -29,15 +29,15 @@ class Window(NamedTuple):
 def windows_of(
     fires: list[Fire],
     window_size: int = 5, # Input days
+    target: bool = True, # Ask for an observed day after the inputs; a forecast does without
 ) -> list[Window]: # In the order of fires and days
-    "List every run of `window_size` input days and a target day that is observed throughout and has no gap."
-    return [Window(i, day) for i, fire in enumerate(fires) for day in _days(fire, window_size)]
+    "List every run of `window_size` input days, and a target day, that is observed throughout and has no gap."
+    return [Window(i, day) for i, fire in enumerate(fires) for day in _days(fire, window_size, int(target))]
 
-def _days(fire, window_size):
-    bad = fire.missing | np.r_[False, np.diff(fire.dates).astype(int) != 1]
-    first = fire.missing.copy()
-    return [t for t in range(window_size - 1, len(fire.dates) - 1)
-            if not bad[t - window_size + 2:t + 2].any() and not first[t - window_size + 1]]
+def _days(fire, window_size, ahead):
+    cut = fire.missing | np.r_[False, np.diff(fire.dates).astype(int) != 1] # this day does not continue the one before
+    return [t for t in range(window_size - 1, len(fire.dates) - ahead)
+            if not fire.missing[t - window_size + 1] and not cut[t - window_size + 2:t + 1 + ahead].any()]
 
 # %% ../../nbs/fire/05_data.ipynb #da24ec1b
 def split_windows(
@@ -144,7 +144,11 @@ class FireWindows(Dataset):
         raw = np.full((self.window_size, len(BANDS), *since.shape[1:]), np.nan, np.float32)
         raw[:, self.bands] = fire.read(days, rows, cols, self.bands)
         raw[:, BAND['days_since_detection']] = since
-        return raw, fire.read(slice(day + 1, day + 2), rows, cols, [BAND['detection_hour']])[0]
+        return raw, self._target(fire, day, rows, cols, since.shape[1:])
+
+    def _target(self, fire, day, rows, cols, size):
+        if day + 1 >= len(fire.dates) or fire.dates[day + 1] - fire.dates[day] != np.timedelta64(1, 'D'): return np.full((1, *size), np.nan, np.float32)
+        return fire.read(slice(day + 1, day + 2), rows, cols, [BAND['detection_hour']])[0]
 
     def _crop(self, i, rng):
         fire, day, size = self.fires[self.windows[i].fire], self.windows[i].day, self.crop_size
