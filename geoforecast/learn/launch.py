@@ -9,7 +9,10 @@ __all__ = ['CONFIGS', 'RUN_OPTIONS', 'find_config', 'configs', 'known_options', 
 # %% ../../nbs/learn/06_launch.ipynb #d139317e
 import copy
 import html
+import logging
 import os
+import re
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -114,7 +117,7 @@ def _linked(config):
     return config
 
 def _read(path):
-    try: found = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
+    try: found = yaml.load(Path(path).read_text(encoding='utf-8'), _Loader)
     except yaml.YAMLError as e: raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(found, dict): raise ConfigError(f"{path} holds no settings; expected lines such as 'trainer:' and 'model:'")
     return found
@@ -123,7 +126,11 @@ def _merged(below, above):
     if not (isinstance(below, dict) and isinstance(above, dict)): return above
     return below | {k: _merged(below[k], v) if k in below else v for k, v in above.items()}
 
-def _parsed(value): return yaml.safe_load(value) if isinstance(value, str) and value else value
+def _parsed(value): return yaml.load(value, _Loader) if isinstance(value, str) and value else value
+
+class _Loader(yaml.SafeLoader): "Read 1e-3 as a number and 2020-10-10 as text."
+_Loader.yaml_implicit_resolvers = {k: [(tag, rule) for tag, rule in v if tag != 'tag:yaml.org,2002:timestamp'] for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?\d+(\.\d*)?[eE][-+]?\d+$'), list('-+0123456789'))
 
 def _assign(config, name, value):
     first, *rest = name.split('.')
@@ -154,9 +161,9 @@ class ForecastCLI(LightningCLI):
                                      auto_insert_metric_name=False, enable_version_counter=False),
                      LatestCheckpoint(self.folder/'checkpoints')]
         if patience: callbacks.insert(1, EarlyStopping(monitor, patience=patience, mode=mode))
-        self.trainer_defaults |= dict(callbacks=callbacks, logger=TensorBoardLogger(self.folder, name='tensorboard', version=''),
-                                      enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10)
-        return super().instantiate_trainer(**kwargs)
+        own = dict(logger=TensorBoardLogger(self.folder, name='tensorboard', version=''), enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10)
+        self.trainer_defaults['callbacks'] = callbacks
+        return super().instantiate_trainer(**{k: v for k, v in own.items() if self.config['trainer'][k] is None} | kwargs)
 
 def run_folder(
     task: str, # `fire`, `segmentation` or `precipitation`
@@ -198,8 +205,10 @@ class Run:
         "Load weights; raise `ConfigError` where they do not fit."
         try: state = torch.load(path, map_location='cpu', weights_only=True)['state_dict']
         except Exception as e: raise ConfigError(f'checkpoint {path} cannot be read ({str(e).splitlines()[0]}); it is damaged or no checkpoint of this library') from e
-        try: self.forecaster.load_state_dict(state)
-        except RuntimeError as e: raise ConfigError(f"checkpoint {path} does not fit this configuration: {' '.join(str(e).split())[:300]}") from e
+        own = self.forecaster.state_dict()
+        wrong = sorted(k for k in set(own) | set(state) if k not in own or k not in state or own[k].shape != state[k].shape)
+        if wrong: raise ConfigError(f"checkpoint {path} is of another model: {len(wrong)} of {len(own)} tensors differ, such as '{wrong[0]}'; use the cli_config.yaml beside it")
+        self.forecaster.load_state_dict(state)
         self.forecaster.eval()
         return self
 
@@ -221,6 +230,8 @@ def launch(
 ) -> Run:
     "Build a run; `launch(...).fit()` trains it. Raise `ConfigError` for names and values that do not fit."
     composed = compose(config, trainer, data, **overrides)
+    logging.getLogger('lightning.pytorch').setLevel(logging.WARNING)
+    warnings.filterwarnings('ignore', module='lightning', message='.*(num_workers|Checkpoint directory|litlogger|training batches).*')
     try: cli = ForecastCLI(Forecaster, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False, args=composed,
                            save_config_callback=None, seed_everything_default=0, parser_kwargs=dict(exit_on_error=False))
     except ArgumentError as e: raise ConfigError(_reason(e)) from e
@@ -230,9 +241,12 @@ def launch(
     return Run(cli.folder, cli.model, cli.datamodule, cli.trainer, yaml.safe_load(text), ckpt_path)
 
 def _reason(error):
-    lines = [line.strip(' -') for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if 'Expected' in line or 'not accepted' in line or 'required' in line] or lines
-    return '; '.join(dict.fromkeys([lines[0], telling[0], lines[-1]]))[:400]
+    text = ' '.join(str(error).split())
+    inner = text[text.rfind('Parser key "') + 12:] if 'Parser key "' in text else text
+    expected = dict.fromkeys(re.findall(r"Expected an? (?:<class ')?([\w.]+)", inner.split(' Given value type')[0]))
+    given = re.search(r'(?:Got|Given) value: (.{1,80}?)(?= - |$)', inner)
+    if not (expected and given): return inner[:400]
+    return f"option '{inner.split(chr(34))[0]}' takes {' or '.join(e.replace('NoneType', 'null') for e in expected)}, not {given[1]}"
 
 def _latest_of(folder, text):
     latest, before = folder/'checkpoints'/'latest.ckpt', folder/'cli_config.yaml'
