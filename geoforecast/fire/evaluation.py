@@ -215,8 +215,7 @@ def draw_scores(ax, rows: list[dict], split: str = 'test'): # The axes
     for y, r in enumerate(shown):
         ax.barh(y, r['ap'], color='#0072B2' if y == len(shown) - 1 else '0.75')
         if 'ap_lo' in r: ax.plot([r['ap_lo'], r['ap_hi']], [y, y], color='k')
-        ax.text(.005, y, f" {r['ap']:.3f}", va='center', color='w' if y == len(shown) - 1 else 'k')
-    ax.set(yticks=range(len(shown)), yticklabels=[r['model'] for r in shown], xlim=(0, None), xlabel='average precision, 95% interval', title=f'{split}: {shown[0]["n"]} forecasts')
+    ax.set(yticks=range(len(shown)), yticklabels=[f"{r['model']}\n{r['ap']:.3f}" for r in shown], xlim=(0, None), xlabel='average precision, 95% interval', title=f'{split}: {shown[0]["n"]} forecasts')
     return ax
 
 def draw_run(
@@ -239,12 +238,13 @@ LIMITS = ('Trained and scored on the fires named above; other regions, seasons a
 def report(
     run: Run, # Trained
     maps: int = 4, # Maps to draw for the test
+    logistic_steps: int = 300, # See `fit_logistic`
 ) -> list[dict]: # Rows of scores.json
     "Score a run beside its baselines and write its results; returns the rows."
     data, forecaster = run.datamodule, run.forecaster
     data.setup('test')
     print('fitting the baselines ...', flush=True)
-    baselines = fit_baselines(run)
+    baselines = fit_baselines(run, logistic_steps)
     predictors = predictors_of(forecaster, {name: m for name, (_, m) in baselines.items()})
     print('scoring validation and test ...', flush=True)
     tallies = {split: tally(predictors, data.dataset(split), forecaster.device, data.eval_batch_size) for split in ('val', 'test')}
