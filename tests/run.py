@@ -4,8 +4,8 @@
     python tests/run.py nbs/fire nbs/core.ipynb     these notebooks
     python tests/run.py tests/test_frame.py         these tests
 
-Notebooks run two at a time, each in a process of its own, with GEOFORECAST_QUICK=1: the notebooks of nbs/runs
-read it and keep to a few seconds of training. Exit status 0 only if nothing failed.
+Notebooks run two at a time, each in a process of its own. Those of nbs/runs go through papermill with preset=quick
+into a temporary output_dir. GEOFORECAST_QUICK=1 is set for whatever starts a run. Exit status 0 only if nothing failed.
 """
 import argparse
 import os
@@ -36,15 +36,22 @@ def find_notebooks(path: Path) -> list[Path]:
     return sorted(found, key=lambda p: (p.parent.name != "runs", p))
 
 
+def command(path: Path, folder: str) -> list[str]:
+    "Return the command that runs a notebook, leaving what it makes in `folder`."
+    if path.parent.name != "runs": return [sys.executable, "-c", RUN_ONE, str(path)]
+    options = {"preset": "quick", "output_dir": f"{folder}/run"}
+    return [sys.executable, "-m", "papermill", str(path), f"{folder}/out.ipynb", "--no-progress-bar", *(w for o in options.items() for w in ("-p", *o))]
+
+
 def run_notebook(path: Path, env: dict) -> tuple[Path, bool, float, str]:
     "Run one notebook in a fresh process and return it with success, seconds and what it wrote."
     start = time.monotonic()
-    try:
-        done = subprocess.run([sys.executable, "-c", RUN_ONE, str(path)], cwd=ROOT, env=env, timeout=TIMEOUT,
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        ok, text = done.returncode == 0, done.stdout
-    except subprocess.TimeoutExpired as e:
-        ok, text = False, f"{e.stdout or ''}\nstopped after {TIMEOUT} s"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = subprocess.run(command(path, folder), cwd=ROOT, env=env, timeout=TIMEOUT, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            ok, text = done.returncode == 0, done.stdout
+        except subprocess.TimeoutExpired as e: ok, text = False, f"{(e.stdout or b'').decode(errors='replace')}\nstopped after {TIMEOUT} s"
     return path, ok, time.monotonic() - start, text
 
 

@@ -102,7 +102,7 @@ def test_your_own_fire(project):
 
 
 def test_train_on_your_own_fire(project):
-    assert "persistence" in run(f"source .venv/bin/activate\n{BLOCKS[3]}", project)
+    assert "persistence" in run(f"source .venv/bin/activate\n{BLOCKS[3].strip()} -p preset=quick", project)
 
 
 def free_port() -> int:
