@@ -126,7 +126,6 @@ def turn(
     if mirror:
         raw = raw[..., ::-1].copy()
         raw[:, ANGLES] *= -1
-    raw[:, ANGLES] %= 360
     return raw
 
 # %% ../../nbs/fire/05_data.ipynb #621a8c57
@@ -254,6 +253,7 @@ class FireDataModule(L.LightningDataModule):
         origin: list[float] | None = None, # Upper left corner in that CRS
     ):
         super().__init__()
+        if samples_per_epoch < batch_size: raise ConfigError(f'samples_per_epoch {samples_per_epoch} is less than one batch of batch_size {batch_size}')
         self.data_dir, self.window_size, self.crop_size, self.num_workers = data_dir, window_size, crop_size, num_workers
         self.batch_size, self.eval_batch_size, self.samples_per_epoch, self.fire_share, self.bands = batch_size, eval_batch_size, samples_per_epoch, fire_share, bands
         self.fires = [open_fire(p, crs=crs, origin=origin) for p in find_fires(data_dir)]
@@ -289,6 +289,7 @@ class FireDataModule(L.LightningDataModule):
     def train_dataloader(self):
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = StepSampler(len(self.windows['train']), self.samples_per_epoch, self.seed % 2**32, rank, world)
+        if self.trainer: sampler.set_epoch(self.trainer.lightning_module.epochs_done)
         return DataLoader(self.dataset('train', crop=True), batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True,
                           persistent_workers=False)
 

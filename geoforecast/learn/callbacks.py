@@ -40,10 +40,11 @@ class LatestCheckpoint(Checkpoint):
         self.path = Path(folder)/'latest.ckpt'
 
     def on_train_epoch_end(self, trainer, pl_module):
+        if not trainer.is_global_zero: return trainer.save_checkpoint(self.path) # takes part, writes nothing
         with atomic_path(self.path) as p: trainer.save_checkpoint(p)
 
 # %% ../../nbs/learn/04_callbacks.ipynb #5409acf7
-class EpochReport(Callback):
+class EpochReport(Checkpoint):
     "Print and log one line an epoch and keep `metrics.csv`, one row an epoch, also across resumed runs."
     def __init__(self,
         folder: str | Path, # Where `metrics.csv` and `training.log` go
@@ -62,10 +63,10 @@ class EpochReport(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.ready = time.perf_counter()
-        if batch_idx + 1 == trainer.num_training_batches: self.trained = self.ready
 
     def on_train_epoch_end(self, trainer, pl_module):
-        seconds = self.trained - self.started
+        if not trainer.is_global_zero: return
+        seconds = self.ready - self.started
         row = dict(epoch=trainer.current_epoch, step=trainer.global_step, samples_per_second=self.samples/seconds,
                    waiting_for_data=self.waited/seconds, peak_memory_gb=peak_memory_gb())
         row |= {k: v.item() for k, v in trainer.callback_metrics.items()}

@@ -99,10 +99,11 @@ class Forecaster(L.LightningModule):
     ):
         super().__init__()
         self.network, self.inputs, self.loss = network, inputs, loss
-        self.average = weight_average(network, ema_decay) if ema_decay else None
+        self.average = weight_average(network, ema_decay).requires_grad_(False) if ema_decay else None
         self.learning_rate, self.weight_decay, self.schedule, self.warmup_steps = learning_rate, weight_decay, schedule, warmup_steps
         self.deep_supervision_weight, self.logged, self.logged_train = deep_supervision_weight, logged, logged_train
         self.train_metrics, self.val_metrics = metrics.clone(), metrics.clone()
+        self.run_seed, self.epochs_done = torch.initial_seed(), 0
 
     @property
     def predictor(self) -> nn.Module:
@@ -140,7 +141,7 @@ class Forecaster(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor: return self(batch.inputs)
 
-    def on_fit_start(self): self.run_seed = torch.initial_seed()
+    def on_load_checkpoint(self, checkpoint): self.epochs_done = checkpoint['loops']['fit_loop']['epoch_progress']['current']['processed']
     def on_train_batch_start(self, batch, batch_idx):
         torch.manual_seed(mix(self.run_seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
     def on_train_batch_end(self, outputs, batch, batch_idx):
