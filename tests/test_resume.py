@@ -70,6 +70,7 @@ def train(folder, data, options, kind=None, n=0):
     "Launch and fit as a user does; runs in a process of its own."
     from geoforecast.learn.launch import launch
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the loaders' workers: as in a user's script, and fast
     tempfile.tempdir = str(folder.parent/"tmp")  # what a killed process leaves there must not fill the real one
     os.makedirs(tempfile.tempdir, exist_ok=True)
     os.chdir(folder.parent)
