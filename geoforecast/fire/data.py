@@ -65,9 +65,11 @@ def split_windows(
     test_start_date: str | None = None, # First target day of the test: by date
 ) -> dict[str, list[Window]]: # `train`, `val`, `test`
     "Divide windows by year, fire or date; raise `ConfigError` for an unknown fire or an overlap, `DataError` where a part is empty."
-    by_year, by_fire = train_years or val_years or test_years, val_fires or test_fires
-    if not (by_year or by_fire or val_start_date or test_start_date):
-        if len(fires) >= 3: val_fires, test_fires = _default_fires(fires)
+    by_year, by_fire, by_date = train_years or val_years or test_years, val_fires or test_fires, val_start_date or test_start_date
+    if sum(map(bool, (by_year, by_fire, by_date))) > 1: raise ConfigError('a split is by years, by fires or by dates; options of more than one kind are given')
+    if not (by_year or by_fire or by_date):
+        served = [fires[i] for i in sorted({w.fire for w in windows})]
+        if len(served) >= 3: val_fires, test_fires = _default_fires(served)
         else: test_start_date = _quantile_date(windows, fires, .75)
     if by_year: part = _by_group([f.year for f in fires], train_years, val_years, test_years, 'year')
     elif val_fires or test_fires: part = _by_group([f.name for f in fires], None, val_fires, test_fires, 'fire')
@@ -253,10 +255,13 @@ class FireDataModule(L.LightningDataModule):
         origin: list[float] | None = None, # Upper left corner in that CRS
     ):
         super().__init__()
+        if window_size < 1: raise ConfigError(f'window_size {window_size} must be 1 or more')
         if samples_per_epoch < batch_size: raise ConfigError(f'samples_per_epoch {samples_per_epoch} is less than one batch of batch_size {batch_size}')
         self.data_dir, self.window_size, self.crop_size, self.num_workers = data_dir, window_size, crop_size, num_workers
         self.batch_size, self.eval_batch_size, self.samples_per_epoch, self.fire_share, self.bands = batch_size, eval_batch_size, samples_per_epoch, fire_share, bands
         self.fires = [open_fire(p, crs=crs, origin=origin) for p in find_fires(data_dir)]
+        twice = {f.name for f in self.fires if [g.name for g in self.fires].count(f.name) > 1}
+        if twice: raise DataError(f"fires must have names of their own, but {', '.join(sorted(twice)[:3])} stands in several files of {data_dir}")
         windows = windows_of(self.fires, window_size)
         if not windows: raise DataError(f'no window of {window_size} + 1 observed days in {len(self.fires)} fires; shorten window_size ({_summary(self.fires)})')
         self.windows = split_windows(windows, self.fires, train_years, val_years, test_years, val_fires, test_fires, val_start_date, test_start_date)
@@ -265,7 +270,10 @@ class FireDataModule(L.LightningDataModule):
     def setup(self, stage: str | None = None):
         if self.bands is None and self.trainer: self.bands = self.trainer.lightning_module.inputs.bands
         self.fires = [loaded(f, range(23) if self.bands is None else self.bands) for f in self.fires]
-        if stage == 'fit': self.statistics = self._statistics()
+        if stage == 'fit':
+            if not any(self.fires[w.fire].mask(slice(w.day + 1, w.day + 2)).any() for w in self.windows['val']):
+                raise DataError(f"nothing burns on the {len(self.windows['val'])} validation days, so no score can choose a checkpoint; choose other val_fires or an earlier val_start_date")
+            self.statistics = self._statistics()
 
     def _statistics(self):
         statistics = Statistics()

@@ -206,7 +206,7 @@ def draw_training(ax, metrics: list[dict]): # The axes
     other = ax.twinx()
     other.plot(steps, [r.get('val/ap', np.nan) for r in metrics], color='#0072B2', marker='o', label='validation AP'); other.set(ylabel='average precision', ylim=(0, None))
     ax.set(xlabel='step', ylabel='loss', yscale='log', title='Training')
-    ax.legend(handles=[*ax.lines, *other.lines], fontsize=8)
+    other.legend(handles=[*ax.lines, *other.lines], fontsize=8, loc='center right')
     return ax
 
 def draw_scores(ax, rows: list[dict], split: str = 'test'): # The axes

@@ -144,8 +144,11 @@ class Forecaster(L.LightningModule):
     def on_load_checkpoint(self, checkpoint): self.epochs_done = checkpoint['loops']['fit_loop']['epoch_progress']['current']['processed']
     def on_train_batch_start(self, batch, batch_idx):
         torch.manual_seed(mix(self.run_seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
+    def on_train_start(self): self.averaged_at = self.global_step
     def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.average is not None: self.average.update_parameters(self.network)
+        if self.average is None or self.global_step == self.averaged_at: return # the gradient is still accumulating
+        self.average.update_parameters(self.network)
+        self.averaged_at = self.global_step
 
     def on_train_epoch_end(self):
         self._log(self.train_metrics, 'train', self.logged_train)

@@ -248,6 +248,7 @@ def launch(
     composed = compose(config, trainer, data, **overrides)
     logging.getLogger('lightning.pytorch').setLevel(logging.WARNING)
     warnings.filterwarnings('ignore', module='lightning', message='.*(num_workers|Checkpoint directory|litlogger|training batches).*')
+    warnings.filterwarnings('ignore', '.*LeafSpec.*') # of torch, on Lightning's behalf
     try: cli = ForecastCLI(Forecaster, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False, args=composed,
                            save_config_callback=None, seed_everything_default=0, parser_kwargs=dict(exit_on_error=False))
     except (ArgumentError, ValueError) as e: raise _own(e) or ConfigError(_reason(e)) from e
