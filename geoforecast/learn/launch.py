@@ -188,7 +188,7 @@ def _checkpoint(path):
         reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise ConfigError(f'checkpoint {path} cannot be read ({reason}); it is damaged or no checkpoint of this library: copy it again, or delete it to start anew') from e
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     "Hold what belongs to one training run; `fit` trains or goes on."
     folder: Path # Everything the run writes
@@ -230,6 +230,8 @@ class Run:
 
     @property
     def metrics(self) -> list[dict]: "The rows of `metrics.csv`."; return read_metrics(self.folder/'metrics.csv')
+
+    def __repr__(self): return f'Run({self.folder.name}, {type(self.forecaster.network).__name__}, {len(self.metrics)} epochs)'
 
     def _repr_html_(self):
         network = type(self.forecaster.network).__name__
