@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-from geoforecast import cli
+from geoforecast import cli, doctor, notebooks
 from geoforecast.cli import main
 from geoforecast.core import ConfigError, DataError, GeoforecastError
+from geoforecast.terminal import parse_value
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["fit", "validate", "test", "predict", "run", "score", "forecast", "data", "models", "doctor"]
@@ -35,7 +36,7 @@ def terminal(*words: str, cwd: Path = ROOT, **more) -> subprocess.CompletedProce
 def here(tmp_path, monkeypatch) -> Path:
     "An empty folder to type commands in, with this checkout's outputs out of reach."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "project_root", lambda *_: tmp_path)
+    for module in (cli, notebooks): monkeypatch.setattr(module, "project_root", lambda *_: tmp_path)
     return tmp_path
 
 
@@ -327,12 +328,12 @@ def test_models(capsys):
 def test_doctor_ends_well_where_much_is_missing(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     assert {"python", "device", "memory", "disk"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    monkeypatch.setattr(cli.metadata, "requires", lambda package: ["nowhere>=2", 'kornia>=900; extra == "augmentation"'])
+    monkeypatch.setattr(doctor.metadata, "requires", lambda package: ["nowhere>=2", 'kornia>=900; extra == "augmentation"'])
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "nowhere is missing; install with: pip install 'geoforecast'" in shown and "pip install 'geoforecast[augmentation]'" in shown
 
 
 def test_values_are_yaml_1_2():
-    assert [cli.parse_value(t) for t in ("1e-2", "2020-09-05", "010", "[1, 2.5]", "None", "a b", "")] == [.01, "2020-09-05", "010", [1, 2.5], None, "a b", None]
-    with pytest.raises(ConfigError): cli.parse_value("{a")
+    assert [parse_value(t) for t in ("1e-2", "2020-09-05", "010", "[1, 2.5]", "None", "a b", "")] == [.01, "2020-09-05", "010", [1, 2.5], None, "a b", None]
+    with pytest.raises(ConfigError): parse_value("{a")
