@@ -199,7 +199,9 @@ def _ask_for_config(chosen, names):
 def fit(task: str, run):
     "Train a run and report it."
     print(f'run {shown(run.folder)}', flush=True)
-    rows = evaluation_of(task).report(run.fit())
+    try: run.fit()
+    except SystemExit as e: raise KeyboardInterrupt from e # Lightning exits when it is interrupted
+    rows = evaluation_of(task).report(run)
     print_scores(task, rows)
     print_results(run.folder)
 

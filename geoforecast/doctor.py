@@ -7,6 +7,7 @@ __all__ = ['missing_requirements', 'health', 'describe_device', 'print_health']
 
 # %% ../nbs/doctor.ipynb #0c90dd33
 import argparse
+import operator
 import os
 import platform
 import re
@@ -17,20 +18,30 @@ from .core import project_root
 from .terminal import shown
 
 # %% ../nbs/doctor.ipynb #b7b25eef
+_HOLDS = {'>=': operator.ge, '<': operator.lt, '==': operator.eq}
+
 def missing_requirements(
     package: str = 'geoforecast', # Whose requirements
 ) -> dict[str, list[str]]: # Extra, or '' for the plain ones, to what is missing or of another version
     "Compare what is installed with what a package requires."
-    from packaging.requirements import Requirement
-    found = {}
-    for requirement in map(Requirement, metadata.requires(package) or []):
-        extra = re.search(r'extra == "([^"]+)"', str(requirement.marker or ''))
-        missing = found.setdefault(extra[1] if extra else '', [])
-        try: installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError: missing.append(f'{requirement.name} is missing')
-        else:
-            if not requirement.specifier.contains(installed, prereleases=True): missing.append(f'{requirement.name} {installed}, needed {requirement.specifier}')
+    found = {'': []}
+    for requirement in metadata.requires(package) or []:
+        extra = re.search(r'extra == "([^"]+)"', requirement)
+        found.setdefault(extra[1] if extra else '', []).extend(_complaint(requirement.partition(';')[0].strip()))
     return found
+
+def _complaint(requirement):
+    name = re.match(r'[\w.-]+', requirement)[0]
+    installed = _version(name)
+    if installed == 'missing': return [f'{name} is missing']
+    fits = all(_HOLDS[sign](_numbers(installed), _numbers(bound)) for sign, bound in re.findall(r'(>=|<|==)\s*([\d.]+)', requirement))
+    return [] if fits else [f'{name} {installed}, needed {requirement}']
+
+def _numbers(text): return [int(n) for n in re.findall(r'\d+', text)[:3]]
+
+def _version(package):
+    try: return metadata.version(package)
+    except metadata.PackageNotFoundError: return 'missing'
 
 # %% ../nbs/doctor.ipynb #1cf4d8b2
 def health() -> dict[str, str]: # What to what there is
@@ -45,10 +56,6 @@ def health() -> dict[str, str]: # What to what there is
         install = f"geoforecast[{extra}]" if extra else 'geoforecast'
         facts[f'extra {extra}' if extra else 'requirements'] = f"{'; '.join(missing)}; install with: pip install '{install}'" if missing else 'complete'
     return facts
-
-def _version(package):
-    try: return metadata.version(package)
-    except metadata.PackageNotFoundError: return 'missing'
 
 def describe_device() -> str: # A clause
     "Say what torch computes on."

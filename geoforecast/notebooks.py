@@ -105,11 +105,10 @@ def execute(
 ):
     "Run a notebook with its output shown; raise `NotebookFailed` naming cell and error."
     import papermill
-    from nbclient.exceptions import DeadKernelError
     out.parent.mkdir(parents=True, exist_ok=True)
     try: papermill.execute_notebook(str(path), str(out), values, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
                                     extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:
         raise NotebookFailed(f"{path.name}, cell [{e.exec_count}] failed: {e.ename}: {' '.join(str(e.evalue).split())[:400]}") from e
-    except DeadKernelError as e:
+    except RuntimeError as e: # what papermill raises when the kernel dies
         raise NotebookFailed(f"{path.name}: the notebook's process died, most likely because memory ran out; lower batch_size, crop_size or num_workers") from e

@@ -221,6 +221,20 @@ def test_fit_then_validate_test_predict(here, fires, capsys, monkeypatch):
     assert main(["test", "--output_dir", "out", "--ckpt_path", "damaged.ckpt"]) == 2
 
 
+def test_an_interrupted_training_goes_on(here, fires):
+    words = ["fit", "--config", "fire/logistic", "--data_dir", str(fires), "--output_dir", "out", "--max_epochs", "500", "--samples_per_epoch", "8", "--batch_size", "4", "--crop_size", "32"]
+    first = []
+    for _ in range(2):
+        process = subprocess.Popen([*COMMAND, *words], cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        lines = (line for line in process.stdout if line.startswith("epoch"))
+        first.append(int(re.match(r"epoch (\d+)", next(lines))[1]))
+        next(lines)
+        os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 130 and "the same command goes on" in error and error.count("\n") == 2
+    assert first[0] == 1 < first[1]
+
+
 # --- Models in use
 
 def test_score_and_forecast_pass_on_what_was_typed(here, capsys, monkeypatch):
