@@ -206,7 +206,7 @@ class Run:
         except torch.cuda.OutOfMemoryError as e:
             raise ConfigError('the GPU ran out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches), data.crop_size or hidden_dims, '
                               'or set trainer.precision to bf16-mixed') from e
-        if self.trainer.interrupted: raise KeyboardInterrupt
+        except SystemExit as e: raise KeyboardInterrupt from e # Lightning's way of ending on Ctrl-C
         self.forecaster.eval()
         return self.load(self.best_path) if self.best_path else self
 
@@ -248,7 +248,7 @@ def launch(
 ) -> Run:
     "Build a run; `launch(...).fit()` trains it. Raise `ConfigError` for names and values that do not fit."
     composed = compose(config, trainer, data, **overrides)
-    logging.getLogger('lightning.pytorch').setLevel(logging.WARNING)
+    for name in ('lightning.pytorch', 'lightning.fabric'): logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings('ignore', module='lightning', message='.*(num_workers|Checkpoint directory|litlogger|training batches).*')
     warnings.filterwarnings('ignore', '.*LeafSpec.*') # of torch, on Lightning's behalf
     try: cli = ForecastCLI(Forecaster, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False, args=composed,
