@@ -93,7 +93,9 @@ def model_card(
     "Describe a trained model: what it does, on which data, how well, and where to be careful."
     facts = {k: v for k, v in metadata.items() if not isinstance(v, (dict, list)) and k != 'limits'}
     rows = [{k: r[k] for k in CARD_COLUMNS if k in r} for r in scores if not {'fire', 'year', 'day'} & set(r)]
-    lines = [f"# {metadata.get('network', 'Model')} ({metadata.get('task', 'unknown task')})", '', *(f'- {k}: {v}' for k, v in facts.items()), '', '## Scores', '',
+    data = [f"- {part}: {d['windows']} forecasts for {d['first']} to {d['last']}, fires {', '.join(d['fires'][:8])}{' ...' if len(d['fires']) > 8 else ''}"
+            for part, d in metadata.get('data', {}).items()]
+    lines = [f"# {metadata.get('network', 'Model')} ({metadata.get('task', 'unknown task')})", '', *(f'- {k}: {v}' for k, v in facts.items()), '', '## Data', '', *data, '', '## Scores', '',
              '```', str(score_table(rows)), '```', '', *(f'- {k}: {SCORE_KEYS[k][0]}' for k in CARD_COLUMNS if k in SCORE_KEYS), '',
              '## Limits', '', metadata.get('limits', 'Scores hold for data like those they were measured on.'), '']
     return '\n'.join(lines)
