@@ -9,11 +9,9 @@ __all__ = ['CONFIGS', 'RUN_OPTIONS', 'find_config', 'configs', 'known_options', 
 # %% ../../nbs/learn/06_launch.ipynb #d139317e
 import copy
 import html
-import logging
 import os
 import re
 import shutil
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -28,7 +26,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from ..core import ConfigError, GeoforecastError, atomic_path, nearest, project_root
+from ..core import ConfigError, GeoforecastError, atomic_path, nearest, project_root, quiet_libraries
 from .callbacks import EpochReport, LatestCheckpoint, read_metrics
 from .forecaster import Forecaster
 
@@ -248,9 +246,7 @@ def launch(
 ) -> Run:
     "Build a run; `launch(...).fit()` trains it. Raise `ConfigError` for names and values that do not fit."
     composed = compose(config, trainer, data, **overrides)
-    for name in ('lightning.pytorch', 'lightning.fabric'): logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings('ignore', module='lightning', message='.*(num_workers|Checkpoint directory|litlogger|training batches).*')
-    warnings.filterwarnings('ignore', '.*LeafSpec.*') # of torch, on Lightning's behalf
+    quiet_libraries()
     try: cli = ForecastCLI(Forecaster, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False, args=composed,
                            save_config_callback=None, seed_everything_default=0, parser_kwargs=dict(exit_on_error=False))
     except (ArgumentError, ValueError) as e: raise _own(e) or ConfigError(_reason(e)) from e
