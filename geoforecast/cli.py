@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRAINING', 'tasks', 'evaluation_of', 'print_scores', 'add_training', 'read_options', 'check_options', 'refuse_slip',
-           'describe_options', 'format_options', 'find_run', 'best_checkpoint', 'train', 'fit', 'use_checkpoint',
+           'describe_options', 'format_options', 'find_run', 'best_checkpoint', 'fit', 'use_checkpoint', 'train',
            'add_model_use', 'score', 'forecast', 'add_information', 'describe_model', 'print_models', 'build_parser',
            'main']
 
@@ -166,6 +166,24 @@ def best_checkpoint(
     if not found: raise ConfigError(f'there is no checkpoint in {shown(folder)}/checkpoints; train with `geoforecast fit`, or name one with --ckpt_path')
     return found[-1]
 
+# %% ../nbs/cli.ipynb #e7827664
+def fit(task: str, run):
+    "Train a run and report it."
+    print(f'run {shown(run.folder)}', flush=True)
+    try: run.fit()
+    except SystemExit as e: raise KeyboardInterrupt from e # Lightning exits when it is interrupted
+    rows = evaluation_of(task).report(run)
+    print_scores(task, rows)
+    print_results(run.folder)
+
+def use_checkpoint(command: str, task: str, run):
+    "Validate, test or predict with a run whose checkpoint is loaded."
+    if command == 'validate':
+        for name, value in run.trainer.validate(run.forecaster, run.datamodule, verbose=False)[0].items(): print(f'{name:16} {value:.4f}')
+    elif command == 'test': print_scores(task, evaluation_of(task).report(run))
+    else: evaluation_of(task).write_predictions(run)
+    print_results(run.folder)
+
 # %% ../nbs/cli.ipynb #b9dc1852
 def train(
     command: str, # One of `TRAINING`
@@ -195,23 +213,6 @@ def _ask_for_config(chosen, names):
     for name in chosen: refuse_slip(name, names)
     from geoforecast.learn.launch import configs
     raise ConfigError(f"--config is missing: give a YAML file or one of {', '.join(configs())}")
-
-def fit(task: str, run):
-    "Train a run and report it."
-    print(f'run {shown(run.folder)}', flush=True)
-    try: run.fit()
-    except SystemExit as e: raise KeyboardInterrupt from e # Lightning exits when it is interrupted
-    rows = evaluation_of(task).report(run)
-    print_scores(task, rows)
-    print_results(run.folder)
-
-def use_checkpoint(command: str, task: str, run):
-    "Validate, test or predict with a run whose checkpoint is loaded."
-    if command == 'validate':
-        for name, value in run.trainer.validate(run.forecaster, run.datamodule, verbose=False)[0].items(): print(f'{name:16} {value:.4f}')
-    elif command == 'test': print_scores(task, evaluation_of(task).report(run))
-    else: evaluation_of(task).write_predictions(run)
-    print_results(run.folder)
 
 # %% ../nbs/cli.ipynb #89c7bc40
 def add_model_use(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import ConfigError, DataError, nearest
@@ -53,6 +54,39 @@ def present_channels(
     return ' '.join(c for c in select_channels('all', protocol) if set(FireInputs(c, protocol).bands) <= have)
 
 # %% ../../nbs/fire/06_data.ipynb #da24ec1b
+def _default_fires(fires):
+    names = [f.name for f in sorted(fires, key=lambda f: (f.dates[0], f.name))]
+    n = max(1, len(names)//5)
+    return names[-2*n:-n], names[-n:]
+
+def _by_group(groups, train, val, test, what):
+    chosen = {'val': list(val or []), 'test': list(test or [])}
+    chosen['train'] = list(train or [g for g in dict.fromkeys(groups) if g not in chosen['val'] + chosen['test']])
+    for part, members in chosen.items():
+        for g in members:
+            if g not in groups: raise ConfigError(f"{what} '{g}' of {part} is not in the data{nearest(str(g), map(str, dict.fromkeys(groups)))}")
+            if sum(g in m for m in chosen.values()) > 1: raise ConfigError(f"{what} '{g}' is in more than one of train, val and test; each belongs to one")
+    return lambda w: next((p for p, members in chosen.items() if groups[w.fire] in members), None)
+
+# %% ../../nbs/fire/06_data.ipynb #cc8330ff
+def _target_date(window, fires): return fires[window.fire].dates[window.day + 1]
+
+def _quantile_date(windows, fires, share):
+    dates = sorted(_target_date(w, fires) for w in windows)
+    return str(dates[int(share*len(dates))]) if dates else None
+
+def _date(text, name):
+    try: return np.datetime64(text, 'D')
+    except ValueError as e: raise ConfigError(f"{name} '{text}' is not a date; write it as 2020-10-10") from e
+
+def _by_date(windows, fires, val_start, test_start):
+    test = _date(test_start, 'test_start_date') if test_start else np.datetime64('9999-01-01')
+    before = [w for w in windows if _target_date(w, fires) < test]
+    val = _date(val_start or _quantile_date(before, fires, .8) or str(test), 'val_start_date')
+    if val >= test: raise ConfigError(f'val_start_date {val} must lie before test_start_date {test}')
+    return lambda w: 'test' if _target_date(w, fires) >= test else 'val' if _target_date(w, fires) >= val else 'train'
+
+# %% ../../nbs/fire/06_data.ipynb #dc9c0907
 def split_windows(
     windows: list[Window],
     fires: list[Fire],
@@ -82,37 +116,6 @@ def split_windows(
 def _summary(fires):
     text = ', '.join(f'{f.name} {f.dates[0]} to {f.dates[-1]}' for f in fires[:4])
     return text + (f' and {len(fires) - 4} more' if len(fires) > 4 else '')
-
-def _default_fires(fires):
-    names = [f.name for f in sorted(fires, key=lambda f: (f.dates[0], f.name))]
-    n = max(1, len(names)//5)
-    return names[-2*n:-n], names[-n:]
-
-def _by_group(groups, train, val, test, what):
-    chosen = {'val': list(val or []), 'test': list(test or [])}
-    chosen['train'] = list(train or [g for g in dict.fromkeys(groups) if g not in chosen['val'] + chosen['test']])
-    for part, members in chosen.items():
-        for g in members:
-            if g not in groups: raise ConfigError(f"{what} '{g}' of {part} is not in the data{nearest(str(g), map(str, dict.fromkeys(groups)))}")
-            if sum(g in m for m in chosen.values()) > 1: raise ConfigError(f"{what} '{g}' is in more than one of train, val and test; each belongs to one")
-    return lambda w: next((p for p, members in chosen.items() if groups[w.fire] in members), None)
-
-def _target_date(window, fires): return fires[window.fire].dates[window.day + 1]
-
-def _quantile_date(windows, fires, share):
-    dates = sorted(_target_date(w, fires) for w in windows)
-    return str(dates[int(share*len(dates))]) if dates else None
-
-def _date(text, name):
-    try: return np.datetime64(text, 'D')
-    except ValueError as e: raise ConfigError(f"{name} '{text}' is not a date; write it as 2020-10-10") from e
-
-def _by_date(windows, fires, val_start, test_start):
-    test = _date(test_start, 'test_start_date') if test_start else np.datetime64('9999-01-01')
-    before = [w for w in windows if _target_date(w, fires) < test]
-    val = _date(val_start or _quantile_date(before, fires, .8) or str(test), 'val_start_date')
-    if val >= test: raise ConfigError(f'val_start_date {val} must lie before test_start_date {test}')
-    return lambda w: 'test' if _target_date(w, fires) >= test else 'val' if _target_date(w, fires) >= val else 'train'
 
 # %% ../../nbs/fire/06_data.ipynb #83c505f6
 ANGLES = [i for i, b in enumerate(BANDS) if b.transform == 'angle']
@@ -151,49 +154,57 @@ class FireWindows(Dataset):
         if isinstance(key, tuple): return self._crop(key[0], np.random.default_rng(key[1]))
         return self._batch(key, *self._read(key, slice(None), slice(None)))
 
-    def _read(self, i, rows, cols):
+# %% ../../nbs/fire/06_data.ipynb #d6225325
+@patch
+def _read(self: FireWindows, i, rows, cols):
+    fire, day = self.fires[self.windows[i].fire], self.windows[i].day
+    days = slice(day - self.window_size + 1, day + 1)
+    since = fire.days_since_detection(days, rows, cols)
+    raw = np.full((self.window_size, len(BANDS), *since.shape[1:]), np.nan, np.float32)
+    raw[:, self.bands] = fire.read(days, rows, cols, self.bands)
+    raw[:, BAND['days_since_detection']] = since
+    return raw, self._target(fire, day, rows, cols, since.shape[1:])
+
+@patch
+def _target(self: FireWindows, fire, day, rows, cols, size):
+    if day + 1 >= len(fire.dates) or fire.dates[day + 1] - fire.dates[day] != np.timedelta64(1, 'D'): return np.full((1, *size), np.nan, np.float32)
+    return fire.read(slice(day + 1, day + 2), rows, cols, [BAND['detection_hour']])[0]
+
+@patch
+def _batch(self: FireWindows, i, raw, hour):
+    fire, day = self.fires[self.windows[i].fire], self.windows[i].day
+    seconds = fire.dates[day - self.window_size + 1:day + 1].astype('datetime64[s]').astype(np.int64)
+    target, valid = torch.from_numpy((hour > 0).astype(np.float32)), torch.from_numpy(~np.isnan(hour))
+    return Batch(torch.from_numpy(np.ascontiguousarray(raw)), target, valid, torch.from_numpy(seconds), torch.tensor(i))
+
+# %% ../../nbs/fire/06_data.ipynb #e06b57d0
+@patch
+def _crop(self: FireWindows, i, rng):
+    fire, day, size = self.fires[self.windows[i].fire], self.windows[i].day, self.crop_size
+    rows, cols = self._place(i, fire.shape[-2:], rng)
+    raw, hour = self._read(i, rows, cols)
+    short = [(0, max(size - n, 0)) for n in hour.shape[-2:]]
+    if any(s[1] for s in short):
+        raw, hour = np.pad(raw, [(0, 0), (0, 0), *short], constant_values=np.nan), np.pad(hour, [(0, 0), *short], constant_values=np.nan)
+    quarter_turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    hour = np.rot90(hour, quarter_turns, (-2, -1))
+    return self._batch(i, turn(raw, quarter_turns, mirror), hour[..., ::-1] if mirror else hour)
+
+@patch
+def _burning_pixels(self: FireWindows, i):
+    if i not in self._burning:
         fire, day = self.fires[self.windows[i].fire], self.windows[i].day
-        days = slice(day - self.window_size + 1, day + 1)
-        since = fire.days_since_detection(days, rows, cols)
-        raw = np.full((self.window_size, len(BANDS), *since.shape[1:]), np.nan, np.float32)
-        raw[:, self.bands] = fire.read(days, rows, cols, self.bands)
-        raw[:, BAND['days_since_detection']] = since
-        return raw, self._target(fire, day, rows, cols, since.shape[1:])
+        self._burning[i] = np.argwhere(fire.mask(slice(day, day + 2)).any(0)).astype(np.int16)
+    return self._burning[i]
 
-    def _target(self, fire, day, rows, cols, size):
-        if day + 1 >= len(fire.dates) or fire.dates[day + 1] - fire.dates[day] != np.timedelta64(1, 'D'): return np.full((1, *size), np.nan, np.float32)
-        return fire.read(slice(day + 1, day + 2), rows, cols, [BAND['detection_hour']])[0]
-
-    def _crop(self, i, rng):
-        fire, day, size = self.fires[self.windows[i].fire], self.windows[i].day, self.crop_size
-        rows, cols = self._place(i, fire.shape[-2:], rng)
-        raw, hour = self._read(i, rows, cols)
-        short = [(0, max(size - n, 0)) for n in hour.shape[-2:]]
-        if any(s[1] for s in short):
-            raw, hour = np.pad(raw, [(0, 0), (0, 0), *short], constant_values=np.nan), np.pad(hour, [(0, 0), *short], constant_values=np.nan)
-        quarter_turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-        hour = np.rot90(hour, quarter_turns, (-2, -1))
-        return self._batch(i, turn(raw, quarter_turns, mirror), hour[..., ::-1] if mirror else hour)
-
-    def _burning_pixels(self, i):
-        if i not in self._burning:
-            fire, day = self.fires[self.windows[i].fire], self.windows[i].day
-            self._burning[i] = np.argwhere(fire.mask(slice(day, day + 2)).any(0)).astype(np.int16)
-        return self._burning[i]
-
-    def _place(self, i, size, rng):
-        burning = self._burning_pixels(i)
-        centre = rng.random(2)*size
-        if len(burning) and rng.random() < self.fire_share:
-            centre = burning[rng.integers(len(burning))] + rng.uniform(-.5, .5, 2)*self.crop_size
-        corner = [int(np.clip(c - self.crop_size//2, 0, max(n - self.crop_size, 0))) for c, n in zip(centre, size)]
-        return tuple(slice(c, c + self.crop_size) for c in corner)
-
-    def _batch(self, i, raw, hour):
-        fire, day = self.fires[self.windows[i].fire], self.windows[i].day
-        seconds = fire.dates[day - self.window_size + 1:day + 1].astype('datetime64[s]').astype(np.int64)
-        target, valid = torch.from_numpy((hour > 0).astype(np.float32)), torch.from_numpy(~np.isnan(hour))
-        return Batch(torch.from_numpy(np.ascontiguousarray(raw)), target, valid, torch.from_numpy(seconds), torch.tensor(i))
+@patch
+def _place(self: FireWindows, i, size, rng):
+    burning = self._burning_pixels(i)
+    centre = rng.random(2)*size
+    if len(burning) and rng.random() < self.fire_share:
+        centre = burning[rng.integers(len(burning))] + rng.uniform(-.5, .5, 2)*self.crop_size
+    corner = [int(np.clip(c - self.crop_size//2, 0, max(n - self.crop_size, 0))) for c, n in zip(centre, size)]
+    return tuple(slice(c, c + self.crop_size) for c in corner)
 
 # %% ../../nbs/fire/06_data.ipynb #5116d48c
 @dataclass
@@ -233,7 +244,7 @@ class FieldBatches:
 
 # %% ../../nbs/fire/06_data.ipynb #19aebb17
 class FireDataModule(L.LightningDataModule):
-    "Serve training crops and whole fields for validation, test and forecasts."
+    "Serve training crops and whole fields; raise `ConfigError` for sizes that do not fit, `DataError` without windows or where fires share a name."
     def __init__(self,
         data_dir: str, # A WSTS file, a folder of them, or a folder of years
         window_size: int = 5, # Input days
@@ -267,45 +278,69 @@ class FireDataModule(L.LightningDataModule):
         self.windows = split_windows(windows, self.fires, train_years, val_years, test_years, val_fires, test_fires, val_start_date, test_start_date)
         self.seed = torch.initial_seed()
 
-    def setup(self, stage: str | None = None):
-        if self.bands is None and self.trainer: self.bands = self.trainer.lightning_module.inputs.bands
-        self.fires = [loaded(f, range(23) if self.bands is None else self.bands) for f in self.fires]
-        if stage == 'fit':
-            if not any(self.fires[w.fire].mask(slice(w.day + 1, w.day + 2)).any() for w in self.windows['val']):
-                raise DataError(f"nothing burns on the {len(self.windows['val'])} validation days, so no score can choose a checkpoint; choose other val_fires or an earlier val_start_date")
-            self.statistics = self._statistics()
+# %% ../../nbs/fire/06_data.ipynb #0e6842de
+@patch
+def setup(self: FireDataModule, stage: str | None = None):
+    "Load what a memory map cannot serve and take the statistics; raise `DataError` where nothing burns in validation."
+    if self.bands is None and self.trainer: self.bands = self.trainer.lightning_module.inputs.bands
+    self.fires = [loaded(f, range(23) if self.bands is None else self.bands) for f in self.fires]
+    if stage == 'fit':
+        if not any(self.fires[w.fire].mask(slice(w.day + 1, w.day + 2)).any() for w in self.windows['val']):
+            raise DataError(f"nothing burns on the {len(self.windows['val'])} validation days, so no score can choose a checkpoint; choose other val_fires or an earlier val_start_date")
+        self.statistics = self._statistics()
 
-    def _statistics(self):
-        statistics = Statistics()
-        for i, fire in enumerate(self.fires):
-            days = sorted({d for w in self.windows['train'] if w.fire == i for d in range(w.day - self.window_size + 1, w.day + 1)})
-            one = FireWindows([fire], [Window(0, d) for d in days], 1, bands=self.bands)
-            for j in range(len(one)): statistics.update(one[j].inputs.numpy())
-        return statistics.compute()
+@patch
+def _statistics(self: FireDataModule):
+    statistics = Statistics()
+    for i, fire in enumerate(self.fires):
+        days = sorted({d for w in self.windows['train'] if w.fire == i for d in range(w.day - self.window_size + 1, w.day + 1)})
+        one = FireWindows([fire], [Window(0, d) for d in days], 1, bands=self.bands)
+        for j in range(len(one)): statistics.update(one[j].inputs.numpy())
+    return statistics.compute()
 
-    def dataset(self,
-        part: str, # `train`, `val` or `test`
-        crop: bool = False, # Serve crops when asked with a seed
-    ) -> FireWindows:
-        "Return the windows of a part as a dataset."
-        return FireWindows(self.fires, self.windows[part], self.window_size, self.crop_size if crop else None, self.bands, self.fire_share)
+# %% ../../nbs/fire/06_data.ipynb #ec0c86f9
+@patch
+def dataset(self: FireDataModule,
+    part: str, # `train`, `val` or `test`
+    crop: bool = False, # Serve crops when asked with a seed
+) -> FireWindows:
+    "Return the windows of a part as a dataset."
+    return FireWindows(self.fires, self.windows[part], self.window_size, self.crop_size if crop else None, self.bands, self.fire_share)
 
-    def fields(self, part: str) -> DataLoader:
-        "Return a loader of whole fields."
-        return DataLoader(self.dataset(part), batch_sampler=FieldBatches(self.windows[part], self.eval_batch_size), num_workers=self.num_workers)
+@patch
+def fields(self: FireDataModule,
+    part: str, # `train`, `val` or `test`
+) -> DataLoader:
+    "Return a loader of whole fields."
+    return DataLoader(self.dataset(part), batch_sampler=FieldBatches(self.windows[part], self.eval_batch_size), num_workers=self.num_workers)
 
-    def train_dataloader(self):
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = StepSampler(len(self.windows['train']), self.samples_per_epoch, self.seed % 2**32, rank, world)
-        if self.trainer: sampler.set_epoch(self.trainer.lightning_module.epochs_done)
-        return DataLoader(self.dataset('train', crop=True), batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True,
-                          persistent_workers=False)
+@patch
+def train_dataloader(self: FireDataModule) -> DataLoader:
+    "Return a loader of crops that goes on where an interrupted training stopped."
+    world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+    sampler = StepSampler(len(self.windows['train']), self.samples_per_epoch, self.seed % 2**32, rank, world)
+    if self.trainer: sampler.set_epoch(self.trainer.lightning_module.epochs_done)
+    return DataLoader(self.dataset('train', crop=True), batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True,
+                      persistent_workers=False)
 
-    def val_dataloader(self): return self.fields('val')
-    def test_dataloader(self): return self.fields('test')
-    def predict_dataloader(self): return self.fields('test')
+@patch
+def val_dataloader(self: FireDataModule) -> DataLoader:
+    "Return whole fields of the validation."
+    return self.fields('val')
 
-    def _repr_html_(self):
-        rows = {p: (len(w), len({x.fire for x in w}), sorted({str(_target_date(x, self.fires)) for x in w})) for p, w in self.windows.items()}
-        cells = ''.join(f'<tr><th>{p}</th><td>{n}</td><td>{f}</td><td>{d[0]} … {d[-1]}</td></tr>' for p, (n, f, d) in rows.items())
-        return f'<table><tr><th></th><th>windows</th><th>fires</th><th>target days</th></tr>{cells}</table>'
+@patch
+def test_dataloader(self: FireDataModule) -> DataLoader:
+    "Return whole fields of the test."
+    return self.fields('test')
+
+@patch
+def predict_dataloader(self: FireDataModule) -> DataLoader:
+    "Return whole fields of the test, to forecast."
+    return self.fields('test')
+
+# %% ../../nbs/fire/06_data.ipynb #4c8312df
+@patch
+def _repr_html_(self: FireDataModule):
+    rows = {p: (len(w), len({x.fire for x in w}), sorted({str(_target_date(x, self.fires)) for x in w})) for p, w in self.windows.items()}
+    cells = ''.join(f'<tr><th>{p}</th><td>{n}</td><td>{f}</td><td>{d[0]} … {d[-1]}</td></tr>' for p, (n, f, d) in rows.items())
+    return f'<table><tr><th></th><th>windows</th><th>fires</th><th>target days</th></tr>{cells}</table>'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLUR_WIDTHS', 'KEPT', 'LIMITS', 'predictors_of', 'Tally', 'tally', 'fit_blur', 'fit_logistic', 'fit_baselines',
-           'score_rows', 'summary', 'verdict', 'draw_training', 'draw_scores', 'draw_run', 'report', 'describe',
-           'write_predictions', 'score_bundle']
+           'score_rows', 'summary', 'verdict', 'draw_training', 'draw_scores', 'draw_run', 'write_predictions',
+           'describe', 'report', 'score_bundle']
 
 # %% ../../nbs/fire/10_evaluation.ipynb #9a15b3a1
 import json
@@ -34,7 +34,7 @@ from ..learn.resample import bootstrap, bootstrap_difference
 
 # %% ../../nbs/fire/10_evaluation.ipynb #9f06713d
 def predictors_of(
-    forecaster: FireForecaster,
+    forecaster: FireForecaster, # Trained
     baselines: dict[str, nn.Module], # Fitted, by name
 ) -> dict[str, Callable[[Batch], Tensor]]: # Name to a function from a batch to logits (B, 1, H, W)
     "Return the network and its baselines as functions of a batch."
@@ -71,11 +71,12 @@ class Tally:
         "Days that are drawn together, since days of one fire resemble each other; 1 where fires are drawn."
         return 1 if len({u[:2] for u in self.units}) >= 5 else max(1, min(4, len(self.units)//4))
 
+# %% ../../nbs/fire/10_evaluation.ipynb #c1e5ff68
 @torch.inference_mode()
 def tally(
     predictors: dict[str, Callable], # As `predictors_of` gives them
     dataset: FireWindows, # Whole fields
-    device: str | torch.device = 'cpu',
+    device: str | torch.device = 'cpu', # Where the network is
     batch_size: int = 4, # Fields at once
 ) -> Tally:
     "Run every model over a dataset and count."
@@ -108,6 +109,7 @@ def fit_blur(
     counts = tally({width: lambda batch, blur=BoxBlur(width): blur(batch.inputs[:, -1, BAND['detection_hour'], None] > 0) for width in BLUR_WIDTHS}, dataset)
     return max(BLUR_WIDTHS, key=lambda w: average_precision(counts.pooled[w][0]).nan_to_num(0).item())
 
+# %% ../../nbs/fire/10_evaluation.ipynb #60a48473
 def fit_logistic(
     run: Run, # Trained; its crops, channels and statistics are used
     steps: int = 300, # Batches; enough for a convex problem of some hundred weights
@@ -123,7 +125,7 @@ def fit_logistic(
     return model.predictor.cpu().eval()
 
 def fit_baselines(
-    run: Run,
+    run: Run, # Trained
     steps: int = 300, # See `fit_logistic`
 ) -> dict[str, tuple[dict, nn.Module]]: # Name to options and module, as `save_bundle` takes them
     "Fit persistence (nothing to fit), box blur and logistic regression."
@@ -132,30 +134,6 @@ def fit_baselines(
     return {'persistence': ({}, Persistence()), 'blur': (dict(width=width), BoxBlur(width)), 'logistic': (shape, logistic)}
 
 # %% ../../nbs/fire/10_evaluation.ipynb #6e9bdabf
-KEPT = ('ap', 'auc', 'f1', 'iou', 'dice', 'precision', 'recall', 'specificity', 'ece', 'uce', 'brier', 'tp', 'fp', 'fn', 'tn')
-
-def score_rows(
-    counts: Tally,
-    split: str, # Named in the rows
-    protocol: str = 'default', # Named in the rows
-    thresholds: dict[str, float] | None = None, # Best thresholds of the validation; those of these data where None
-) -> list[dict]: # Pooled rows first, then one a model and unit
-    "Score every model on a tally."
-    rows = [_pooled_row(counts, model, split, protocol, thresholds) for model in counts.pooled]
-    network, others = rows[-1], list(counts.pooled)[:-1]
-    for other in others: network |= _gain(counts, network['model'], other)
-    return rows + [_part_row(counts, model, i, split, protocol) for model in counts.pooled for i in range(len(counts.units))]
-
-def _plain(scores, keys): return {k: int(scores[k]) if k in ('tp', 'fp', 'fn', 'tn') else float(scores[k]) for k in keys}
-
-def _pooled_row(counts, model, split, protocol, thresholds):
-    scores, growth = scores_of(counts.pooled[model][0]), average_precision(counts.pooled[model][1]).item()
-    best = (thresholds or {}).get(model, float(scores['threshold_best']))
-    at_best = scores_at(counts.pooled[model][0], best)
-    row = dict(model=model, split=split, protocol=protocol) | _plain(scores, KEPT) | dict(ap_growth=growth, threshold_best=best, n=counts.samples)
-    row |= {f'{k}_best': float(at_best[k]) for k in ('f1', 'iou', 'precision', 'recall')}
-    return row | _intervals(counts, model)
-
 def _statistic(sums):
     return dict(ap=average_precision(sums[:, 0]).numpy(), ap_growth=average_precision(sums[:, 1]).numpy(), f1=scores_at(sums[:, 0])['f1'].numpy())
 
@@ -171,6 +149,19 @@ def _gain(counts, model, other):
     exact = [average_precision(counts.pooled[m][0]).item() for m in (model, other)]
     return {f'ap_gain_{other}': exact[0] - exact[1], f'ap_gain_{other}_lo': float(lo), f'ap_gain_{other}_hi': float(hi)}
 
+# %% ../../nbs/fire/10_evaluation.ipynb #8efc6b7b
+KEPT = ('ap', 'auc', 'f1', 'iou', 'dice', 'precision', 'recall', 'specificity', 'ece', 'uce', 'brier', 'tp', 'fp', 'fn', 'tn')
+
+def _plain(scores, keys): return {k: int(scores[k]) if k in ('tp', 'fp', 'fn', 'tn') else float(scores[k]) for k in keys}
+
+def _pooled_row(counts, model, split, protocol, thresholds):
+    scores, growth = scores_of(counts.pooled[model][0]), average_precision(counts.pooled[model][1]).item()
+    best = (thresholds or {}).get(model, float(scores['threshold_best']))
+    at_best = scores_at(counts.pooled[model][0], best)
+    row = dict(model=model, split=split, protocol=protocol) | _plain(scores, KEPT) | dict(ap_growth=growth, threshold_best=best, n=counts.samples)
+    row |= {f'{k}_best': float(at_best[k]) for k in ('f1', 'iou', 'precision', 'recall')}
+    return row | _intervals(counts, model)
+
 def _part_row(counts, model, i, split, protocol):
     fire, year, day = counts.units[i]
     part = counts.parts[model][i]
@@ -179,6 +170,20 @@ def _part_row(counts, model, i, split, protocol):
     return dict(model=model, split=split, protocol=protocol) | where | dict(ap=average_precision(part[0]).item(), ap_growth=average_precision(part[1]).item(),
                                                                            f1=float(scores['f1']), burning=int(scores['tp'] + scores['fn']))
 
+# %% ../../nbs/fire/10_evaluation.ipynb #ba6836a2
+def score_rows(
+    counts: Tally, # Of one split, the network last
+    split: str, # Named in the rows
+    protocol: str = 'default', # Named in the rows
+    thresholds: dict[str, float] | None = None, # Best thresholds of the validation; those of these data where None
+) -> list[dict]: # Pooled rows first, then one a model and unit
+    "Score every model on a tally."
+    rows = [_pooled_row(counts, model, split, protocol, thresholds) for model in counts.pooled]
+    network, others = rows[-1], list(counts.pooled)[:-1]
+    for other in others: network |= _gain(counts, network['model'], other)
+    return rows + [_part_row(counts, model, i, split, protocol) for model in counts.pooled for i in range(len(counts.units))]
+
+# %% ../../nbs/fire/10_evaluation.ipynb #b9f82646
 def summary(
     rows: list[dict], # As `score_rows` gives them
 ) -> ScoreTable: # Pooled rows, main columns
@@ -186,9 +191,10 @@ def summary(
     keys = ('model', 'split', 'ap', 'ap_lo', 'ap_hi', 'f1', 'f1_best', 'precision', 'recall', 'iou', 'auc', 'ece', 'ap_growth', 'n')
     return score_table([{k: r[k] for k in keys if k in r} for r in rows if 'fire' not in r])
 
+# %% ../../nbs/fire/10_evaluation.ipynb #ec00a302
 def verdict(
-    rows: list[dict],
-) -> str: # A sentence a split
+    rows: list[dict], # As `score_rows` gives them
+) -> str: # A line a split and baseline
     "Say in words whether the network beats its baselines, following the intervals."
     lines = []
     for row in (r for r in rows if any(k.startswith('ap_gain') for k in r)):
@@ -199,17 +205,26 @@ def verdict(
     return '\n'.join(lines)
 
 # %% ../../nbs/fire/10_evaluation.ipynb #8c98903a
-def draw_training(ax, metrics: list[dict]): # The axes
+def draw_training(
+    ax, # Matplotlib axes to draw on
+    metrics: list[dict], # One an epoch, as in `metrics.jsonl`; at least `step`, `train/total_loss`, `val/loss`
+): # The axes
     "Draw loss and validation score over the epochs."
     steps = [r['step'] for r in metrics]
-    ax.plot(steps, [r['train/total_loss'] for r in metrics], color='0.4', label='training loss'); ax.plot(steps, [r['val/loss'] for r in metrics], color='#E69F00', label='validation loss')
+    ax.plot(steps, [r['train/total_loss'] for r in metrics], color='0.4', label='training loss')
+    ax.plot(steps, [r['val/loss'] for r in metrics], color='#E69F00', label='validation loss')
     other = ax.twinx()
-    other.plot(steps, [r.get('val/ap', np.nan) for r in metrics], color='#0072B2', marker='o', label='validation AP'); other.set(ylabel='average precision', ylim=(0, None))
+    other.plot(steps, [r.get('val/ap', np.nan) for r in metrics], color='#0072B2', marker='o', label='validation AP')
+    other.set(ylabel='average precision', ylim=(0, None))
     ax.set(xlabel='step', ylabel='loss', yscale='log', title='Training')
     other.legend(handles=[*ax.lines, *other.lines], fontsize=8, loc='center right')
     return ax
 
-def draw_scores(ax, rows: list[dict], split: str = 'test'): # The axes
+def draw_scores(
+    ax, # Matplotlib axes to draw on
+    rows: list[dict], # As `score_rows` gives them
+    split: str = 'test', # The split to show
+): # The axes
     "Draw average precision of every model with its interval."
     shown = [r for r in rows if 'fire' not in r and r['split'] == split]
     for y, r in enumerate(shown):
@@ -219,9 +234,9 @@ def draw_scores(ax, rows: list[dict], split: str = 'test'): # The axes
     return ax
 
 def draw_run(
-    run: Run,
-    rows: list[dict],
-    counts: Tally,
+    run: Run, # Trained
+    rows: list[dict], # As `score_rows` gives them, with the test among them
+    counts: Tally, # Of the test
 ) -> plt.Figure:
     "Draw training, scores and reliability side by side."
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.3), layout='constrained')
@@ -232,9 +247,40 @@ def draw_run(
     return fig
 
 # %% ../../nbs/fire/10_evaluation.ipynb #bc89252c
+def write_predictions(
+    run: Run, # Trained
+    maps: int = 4, # Maps to draw in all
+) -> Path: # `predictions_{run}.pt`
+    "Write the test forecasts: files and maps a fire, and all of them as tensors."
+    dataset = run.datamodule.dataset('test')
+    fires = sorted({w.fire for w in dataset.windows})
+    tensors = {}
+    for k, (fire, probability) in enumerate(forecasts(run.forecaster, dataset, run.datamodule.eval_batch_size)):
+        share = len(range(k, maps, len(fires)))
+        write_forecast(run.folder if len(fires) == 1 else run.folder/'predictions'/fire.name, fire, probability, share)
+        days = np.searchsorted(fire.dates, probability.forecast_reference_time.values.astype('datetime64[D]'))
+        masks = fire.mask()
+        tensors[fire.name] = torch.from_numpy(np.stack([masks[days], masks[days + 1], probability.values]).astype(np.float32))
+    with atomic_path(run.folder/f'predictions_{run.folder.name}.pt') as p: torch.save(tensors, p)
+    return run.folder/f'predictions_{run.folder.name}.pt'
+
+# %% ../../nbs/fire/10_evaluation.ipynb #b291d6f2
 LIMITS = ('Trained and scored on the fires named above; other regions, seasons and satellites may differ. A detection is not a burnt area: satellites miss fires under cloud and smoke. '
           'Not for decisions about life and property.')
 
+def describe(
+    run: Run, # Trained
+    thresholds: dict[str, float], # Best thresholds of the validation, by model
+) -> dict: # The bundle's metadata
+    "Say what a bundle was trained on."
+    data = run.datamodule
+    parts = {p: dict(windows=len(w), fires=sorted({data.fires[x.fire].name for x in w}), first=str(min(data.fires[x.fire].dates[x.day + 1] for x in w)),
+                     last=str(max(data.fires[x.fire].dates[x.day + 1] for x in w))) for p, w in data.windows.items()}
+    network = type(run.forecaster.predictor).__name__
+    return dict(task='fire', run=run.folder.name, protocol=run.forecaster.inputs.protocol, window_size=data.window_size, threshold=thresholds[network], thresholds=thresholds,
+                data=parts, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
+
+# %% ../../nbs/fire/10_evaluation.ipynb #a3fbf785
 def report(
     run: Run, # Trained
     maps: int = 4, # Maps to draw for the test
@@ -263,35 +309,9 @@ def report(
     write_predictions(run, maps)
     return rows
 
-def describe(run, thresholds):
-    "Say what a bundle was trained on."
-    data = run.datamodule
-    parts = {p: dict(windows=len(w), fires=sorted({data.fires[x.fire].name for x in w}), first=str(min(data.fires[x.fire].dates[x.day + 1] for x in w)),
-                     last=str(max(data.fires[x.fire].dates[x.day + 1] for x in w))) for p, w in data.windows.items()}
-    network = type(run.forecaster.predictor).__name__
-    return dict(task='fire', run=run.folder.name, protocol=run.forecaster.inputs.protocol, window_size=data.window_size, threshold=thresholds[network], thresholds=thresholds,
-                data=parts, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
-
-def write_predictions(
-    run: Run,
-    maps: int = 4, # Maps to draw in all
-) -> Path: # `predictions_{run}.pt`
-    "Write the test forecasts: files and maps a fire, and all of them as tensors."
-    dataset = run.datamodule.dataset('test')
-    fires = sorted({w.fire for w in dataset.windows})
-    tensors = {}
-    for k, (fire, probability) in enumerate(forecasts(run.forecaster, dataset, run.datamodule.eval_batch_size)):
-        share = len(range(k, maps, len(fires)))
-        write_forecast(run.folder if len(fires) == 1 else run.folder/'predictions'/fire.name, fire, probability, share)
-        days = np.searchsorted(fire.dates, probability.forecast_reference_time.values.astype('datetime64[D]'))
-        masks = fire.mask()
-        tensors[fire.name] = torch.from_numpy(np.stack([masks[days], masks[days + 1], probability.values]).astype(np.float32))
-    with atomic_path(run.folder/f'predictions_{run.folder.name}.pt') as p: torch.save(tensors, p)
-    return run.folder/f'predictions_{run.folder.name}.pt'
-
 # %% ../../nbs/fire/10_evaluation.ipynb #557a6025
 def score_bundle(
-    bundle: Bundle,
+    bundle: Bundle, # Trained, as `load_bundle` gives it
     data: str | Path | list, # Files or folders
     split: str = 'all', # Name for the rows
     batch_size: int = 4, # Fields at once

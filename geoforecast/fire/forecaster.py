@@ -38,11 +38,13 @@ class FireForecaster(Forecaster):
         self.window_size = window_size
 
     def setup(self, stage: str):
+        "Take over the statistics of the training days; raise `ConfigError` where data and network differ in their window."
         data = self.trainer.datamodule
         if data is None: return # trained on loaders alone, with statistics set by hand
         if data.window_size != self.window_size:
             raise ConfigError(f'the data gives windows of {data.window_size} days, the network takes {self.window_size}; set window_size to the same for both')
         if stage == 'fit': self.inputs.set_statistics(data.statistics)
 
-    def predict_step(self, batch, batch_idx: int) -> Tensor: # (B, 1, H, W), probabilities
+    def predict_step(self, batch, batch_idx: int) -> Tensor: # (B, 1, H, W)
+        "Return probabilities."
         return self(batch.inputs).sigmoid()
