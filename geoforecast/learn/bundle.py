@@ -45,6 +45,14 @@ def _own_class(path, where):
         raise BundleError(f"{where} names '{path}', which is no network of this library; the bundle is refused, because loading it could run foreign code")
     return found
 
+# %% ../../nbs/learn/07_bundle.ipynb #24152799
+def _build(config, folder):
+    check_classes(config, f'{folder.name}/config.yaml')
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Forecaster, 'model')
+    try: return parser.instantiate(parser.parse_object(config)).model
+    except (ArgumentError, TypeError, ValueError) as e: raise BundleError(f"{folder/'config.yaml'} does not fit this version of geoforecast: {' '.join(str(e).split())[:300]}") from e
+
 # %% ../../nbs/learn/07_bundle.ipynb #dec9e994
 def save_bundle(
     folder: str | Path, # Folder to write; it is whole or absent
@@ -101,10 +109,38 @@ def model_card(
     return '\n'.join(lines)
 
 # %% ../../nbs/learn/07_bundle.ipynb #eeff7a4b
+def _present(folder, name):
+    if not (folder/name).is_file(): raise BundleError(f'{folder} is not a bundle: {name} is missing')
+    return folder/name
+
+def _json(folder, name):
+    try: return json.loads(_present(folder, name).read_text(encoding='utf-8'))
+    except ValueError as e: raise BundleError(f'{folder/name} is not valid JSON ({e}); copy the bundle again') from e
+
+def _tensors(folder, name):
+    try: return load_file(_present(folder, name))
+    except SafetensorError as e: raise BundleError(f'{folder/name} is damaged ({e}); copy the bundle again') from e
+
+# %% ../../nbs/learn/07_bundle.ipynb #d3b63fe6
+def _load(module, tensors, folder):
+    own = {k: v for k, v in module.state_dict().items() if k.split('.')[0] in ('network', 'inputs')}
+    wrong = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
+    if wrong: raise BundleError(f"{folder}: weights and configuration do not belong together, {len(wrong)} tensors differ, such as '{wrong[0]}'")
+    module.load_state_dict(tensors, strict=False)
+
+def _load_baselines(described, folder):
+    found, tensors = {}, _tensors(folder, 'baselines.safetensors')
+    for name, entry in described.items():
+        module = _own_class(entry['class_path'], f'{folder.name}/baselines.json')(**entry['init_args'])
+        module.load_state_dict({k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')})
+        found[name] = module.eval()
+    return found
+
+# %% ../../nbs/learn/07_bundle.ipynb #017d9bf9
 @dataclass
 class Bundle:
     "Hold a trained model and everything that came with it."
-    folder: Path
+    folder: Path # Where it was loaded from
     forecaster: Forecaster # In evaluation mode
     config: dict # The `model` section
     metadata: dict # Task, protocol, data, versions
@@ -131,36 +167,3 @@ def load_bundle(
     forecaster = _build(config, folder)
     _load(forecaster, _tensors(folder, 'model.safetensors'), folder)
     return Bundle(folder, forecaster.eval(), config, metadata, _load_baselines(baselines, folder), scores)
-
-def _present(folder, name):
-    if not (folder/name).is_file(): raise BundleError(f'{folder} is not a bundle: {name} is missing')
-    return folder/name
-
-def _json(folder, name):
-    try: return json.loads(_present(folder, name).read_text(encoding='utf-8'))
-    except ValueError as e: raise BundleError(f'{folder/name} is not valid JSON ({e}); copy the bundle again') from e
-
-def _build(config, folder):
-    check_classes(config, f'{folder.name}/config.yaml')
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Forecaster, 'model')
-    try: return parser.instantiate_classes(parser.parse_object(config)).model
-    except (ArgumentError, TypeError, ValueError) as e: raise BundleError(f"{folder/'config.yaml'} does not fit this version of geoforecast: {' '.join(str(e).split())[:300]}") from e
-
-def _tensors(folder, name):
-    try: return load_file(_present(folder, name))
-    except SafetensorError as e: raise BundleError(f'{folder/name} is damaged ({e}); copy the bundle again') from e
-
-def _load(module, tensors, folder):
-    own = {k: v for k, v in module.state_dict().items() if k.split('.')[0] in ('network', 'inputs')}
-    wrong = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
-    if wrong: raise BundleError(f"{folder}: weights and configuration do not belong together, {len(wrong)} tensors differ, such as '{wrong[0]}'")
-    module.load_state_dict(tensors, strict=False)
-
-def _load_baselines(described, folder):
-    found, tensors = {}, _tensors(folder, 'baselines.safetensors')
-    for name, entry in described.items():
-        module = _own_class(entry['class_path'], f'{folder.name}/baselines.json')(**entry['init_args'])
-        module.load_state_dict({k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')})
-        found[name] = module.eval()
-    return found
