@@ -162,9 +162,9 @@ def _pooled_row(counts, model, split, protocol, thresholds):
     row |= {f'{k}_best': float(at_best[k]) for k in ('f1', 'iou', 'precision', 'recall')}
     return row | _intervals(counts, model)
 
-def _part_row(counts, model, i, split, protocol):
-    fire, year, day = counts.units[i]
-    part = counts.parts[model][i]
+def _part_row(counts, model, unit, split, protocol):
+    fire, year, day = unit
+    part = sum(p for p, u in zip(counts.parts[model], counts.units) if u == unit or (day is None and u[:2] == unit[:2]))
     scores = scores_at(part[0])
     where = dict(fire=fire, year=year) | (dict(day=day) if day else {})
     return dict(model=model, split=split, protocol=protocol) | where | dict(ap=average_precision(part[0]).item(), ap_growth=average_precision(part[1]).item(),
@@ -176,12 +176,13 @@ def score_rows(
     split: str, # Named in the rows
     protocol: str = 'default', # Named in the rows
     thresholds: dict[str, float] | None = None, # Best thresholds of the validation; those of these data where None
-) -> list[dict]: # Pooled rows first, then one a model and unit
+) -> list[dict]: # Pooled rows first, then those of each fire, then of each day of a fire
     "Score every model on a tally."
     rows = [_pooled_row(counts, model, split, protocol, thresholds) for model in counts.pooled]
     network, others = rows[-1], list(counts.pooled)[:-1]
     for other in others: network |= _gain(counts, network['model'], other)
-    return rows + [_part_row(counts, model, i, split, protocol) for model in counts.pooled for i in range(len(counts.units))]
+    units = list(dict.fromkeys([(*u[:2], None) for u in counts.units] + counts.units))
+    return rows + [_part_row(counts, model, unit, split, protocol) for model in counts.pooled for unit in units]
 
 # %% ../../nbs/fire/10_evaluation.ipynb #b9f82646
 def summary(
