@@ -137,7 +137,7 @@ def _load_baselines(described, folder):
     return found
 
 # %% ../../nbs/learn/07_bundle.ipynb #017d9bf9
-@dataclass
+@dataclass(repr=False)
 class Bundle:
     "Hold a trained model and everything that came with it."
     folder: Path # Where it was loaded from
@@ -146,6 +146,8 @@ class Bundle:
     metadata: dict # Task, protocol, data, versions
     baselines: dict[str, nn.Module] # Fitted, by name
     scores: list[dict] # Rows as they were measured
+
+    def __repr__(self): return f"Bundle({self.folder.name}, {self.metadata.get('network')})"
 
     def _repr_html_(self):
         facts = {k: v for k, v in self.metadata.items() if not isinstance(v, (dict, list))}
