@@ -521,6 +521,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'geoforecast.geo.maps.projection_of': ('geo/maps.html#projection_of', 'geoforecast/geo/maps.py'),
                                       'geoforecast.geo.maps.terrain_shading': ('geo/maps.html#terrain_shading', 'geoforecast/geo/maps.py')},
             'geoforecast.learn.bundle': { 'geoforecast.learn.bundle.Bundle': ('learn/bundle.html#bundle', 'geoforecast/learn/bundle.py'),
+                                          'geoforecast.learn.bundle.Bundle.__repr__': ( 'learn/bundle.html#bundle.__repr__',
+                                                                                        'geoforecast/learn/bundle.py'),
                                           'geoforecast.learn.bundle.Bundle._repr_html_': ( 'learn/bundle.html#bundle._repr_html_',
                                                                                            'geoforecast/learn/bundle.py'),
                                           'geoforecast.learn.bundle._build': ('learn/bundle.html#_build', 'geoforecast/learn/bundle.py'),
