@@ -85,9 +85,8 @@ def draw_prediction(
     burnt = np.isfinite(fire.days_since_detection(slice(day, day + 1))[0])
     draw_field(ax, show(np.where(burnt, 1., np.nan), 'burnt'), 'Greys', 0, 4, colorbar=False)
     image = draw_field(ax, probability.isel(y=part[0], x=part[1]), PROBABILITY, 0, 1, colorbar=False)
-    outlines = [(day, '#0072B2', f'burning on {fire.dates[day]}'), (day + 1, '#000000', f'burning on {fire.dates[day] + 1}')]
-    masks = [(fire.mask(slice(d, d + 1)), color, text) for d, color, text in outlines]
-    handles = [draw_outline(ax, show(m[0], 'fire'), color, text, 1.) for m, color, text in masks if len(m)]
+    seen = [d for d in np.flatnonzero(~fire.missing) if fire.dates[d] in (fire.dates[day], fire.dates[day] + 1)]
+    handles = [draw_outline(ax, show(fire.mask(slice(d, d + 1))[0], 'fire'), color, f'burning on {fire.dates[d]}', 1.) for d, color in zip(seen, ('#0072B2', '#000000'))]
     ax.legend(handles=handles, loc='lower right', fontsize=8, framealpha=.9)
     ax.set_title(f"{fire.name}: forecast for {str(probability.time.values)[:10]}", fontsize=10)
     return image
@@ -156,6 +155,9 @@ def forecast_bundle(
     "Forecast every fire with a trained model; raise `DataError` where days are missing, `ConfigError` for an impossible date."
     forecaster, files = bundle.forecaster, []
     fires = open_fires(data, forecaster.inputs.bands)
+    names = [fire.path.stem for fire in fires]
+    twice = {n for n in names if names.count(n) > 1}
+    if twice: raise DataError(f"several files are called {', '.join(sorted(twice)[:3])}, and each fire's folder is named by its file; forecast them into different folders")
     for fire in fires:
         windows = windows_of([fire], forecaster.window_size, target=False)
         if not windows: raise DataError(f'{fire.path}: a forecast needs {forecaster.window_size} observed days in a row; the file has {fire.dates[0]} to {fire.dates[-1]} with {fire.missing.sum()} missing')
