@@ -68,7 +68,7 @@ def learning_rate_factor(
     total: int, # Steps of the whole run
     schedule: Schedule = 'cosine', # Shape after the warm-up
     warmup_steps: int = 0, # Length of the linear rise
-    first_cycle: int = 0, # Steps of the first cycle of `cosine_restarts`, each later one twice as long; a seventh of the run where 0
+    first_cycle: int = 100, # Steps of the first cycle of `cosine_restarts`; each later one is twice as long
     floor: float = 0.01, # Lowest factor of the cosines
 ) -> float: # What the peak learning rate is multiplied by
     "Return the learning rate at `step` as a share of its peak; the restarts are those of SGDR (Loshchilov and Hutter, 2017)."
@@ -77,25 +77,26 @@ def learning_rate_factor(
     if schedule == 'constant': return 1.
     if schedule == 'poly': return max(1 - done/length, 0)**0.9
     if schedule == 'cosine_restarts':
-        length = first_cycle or max(length//7, 1)
-        cycle = int(math.log2(done/length + 1))
-        done, length = done - length*(2**cycle - 1), length*2**cycle
+        cycle = int(math.log2(done/first_cycle + 1))
+        done, length = done - first_cycle*(2**cycle - 1), first_cycle*2**cycle
     return floor + (1 - floor)*(1 + math.cos(math.pi*min(done/length, 1)))/2
 
 # %% ../../nbs/learn/05_forecaster.ipynb #a7ec23bb
 class Forecaster(L.LightningModule):
     "Train a network on batches of raw inputs, validate the averaged weights and predict."
     def __init__(self,
-        network: nn.Module, # (B, T, C', H, W) to (B, 1, H, W), or to a pair of that and a list of auxiliary outputs
+        network: nn.Module, # (B, T, C', H, W) to (B, 1, H, W), or to a pair of that and a list of auxiliary outputs; called with (B, T) times too where `uses_time` is True
         inputs: nn.Module, # Raw (B, T, C, H, W) to (B, T, C', H, W)
         loss: nn.Module, # `loss(output, target, valid)` to a scalar
-        metrics: Metric, # `update(output, target, valid)`, `compute()` to a dict; copied for training and validation
+        metrics: Metric, # `update(output, target, valid)`, `compute()` to a dict; copied for training, validation and test
         learning_rate: float = 1e-3, # Peak of the schedule
         weight_decay: float = 0.01, # AdamW's
         schedule: Schedule = 'cosine', # See `learning_rate_factor`
         warmup_steps: int = 100, # See `learning_rate_factor`; at most a tenth of the run
         ema_decay: float = 0.995, # Average of the weights that validation uses; 0 for none
         deep_supervision_weight: float = 0.3, # Weight of the mean loss of auxiliary outputs, where a network has them
+        restart_epochs: int = 10, # First cycle of `cosine_restarts` (T_0); each later one is twice as long
+        minimum_learning_rate: float | None = None, # Where the cosines end (eta_min); 1% of the peak by default
         logged: tuple[str, ...] = ('f1', 'precision', 'recall', 'ap'), # Metrics written as `val/…`
         logged_train: tuple[str, ...] = ('f1', 'ap'), # Metrics written as `train/…`
     ):
@@ -103,8 +104,9 @@ class Forecaster(L.LightningModule):
         self.network, self.inputs, self.loss = network, inputs, loss
         self.average = weight_average(network, ema_decay).requires_grad_(False) if ema_decay else None
         self.learning_rate, self.weight_decay, self.schedule, self.warmup_steps = learning_rate, weight_decay, schedule, warmup_steps
+        self.restart_epochs, self.minimum_learning_rate = restart_epochs, minimum_learning_rate
         self.deep_supervision_weight, self.logged, self.logged_train = deep_supervision_weight, logged, logged_train
-        self.train_metrics, self.val_metrics = metrics.clone(), metrics.clone()
+        self.train_metrics, self.val_metrics, self.test_metrics = (metrics.clone() for _ in range(3))
         self.run_seed, self.epochs_done = torch.initial_seed(), 0
 
 @patch(as_prop=True)
@@ -116,28 +118,44 @@ def predictor(self: Forecaster) -> nn.Module:
 @patch
 def forward(self: Forecaster,
     raw: Tensor, # (B, T, C, H, W), as the loaders hand it out
+    time: Tensor | None = None, # (B, T) int64, seconds since 1970, for networks that use it
 ) -> Tensor: # (B, 1, H, W)
     "Predict from raw inputs."
-    output = self.predictor(self.inputs(raw))
+    output = self._called(self.predictor, raw, time)
     return output[0] if isinstance(output, tuple) else output
 
 @patch
+def _called(self: Forecaster, network, raw, time):
+    if not getattr(network, 'uses_time', False): return network(self.inputs(raw))
+    if time is None: raise ConfigError(f'{type(network).__name__} uses the times of its input steps; call it with `time`, (B, T) seconds since 1970')
+    return network(self.inputs(raw), time)
+
+@patch
+def _score(self: Forecaster, batch, stage, metrics):
+    output = self(batch.inputs, batch.time)
+    self.log(f'{stage}/loss', self.loss(output, batch.target, batch.valid), on_epoch=True, batch_size=len(batch.target))
+    metrics.update(output, batch.target, batch.valid)
+
+@patch
 def validation_step(self: Forecaster, batch: Batch, batch_idx: int):
-    "Score the prediction of a batch."
-    output = self(batch.inputs)
-    self.log('val/loss', self.loss(output, batch.target, batch.valid), on_epoch=True, batch_size=len(batch.target))
-    self.val_metrics.update(output, batch.target, batch.valid)
+    "Score the prediction of a batch of the validation data."
+    self._score(batch, 'val', self.val_metrics)
+
+@patch
+def test_step(self: Forecaster, batch: Batch, batch_idx: int):
+    "Score the prediction of a batch of the test data."
+    self._score(batch, 'test', self.test_metrics)
 
 @patch
 def predict_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
     "Return the prediction of a batch."
-    return self(batch.inputs)
+    return self(batch.inputs, batch.time)
 
 # %% ../../nbs/learn/05_forecaster.ipynb #07fbb97e
 @patch
 def training_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
     "Return the loss of a batch; raise `GeoforecastError` where it is not a finite number."
-    output = self.network(self.inputs(batch.inputs))
+    output = self._called(self.network, batch.inputs, batch.time)
     output, auxiliary = output if isinstance(output, tuple) else (output, [])
     main = self.loss(output, batch.target, batch.valid)
     deep = sum((self.loss(a, batch.target, batch.valid) for a in auxiliary), torch.zeros_like(main))/max(len(auxiliary), 1)
@@ -184,14 +202,16 @@ def configure_optimizers(self: Forecaster):
     optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
     total = int(min(self.trainer.estimated_stepping_batches, 2**31))
     warmup = min(self.warmup_steps, total//10)
-    factor = lambda step: learning_rate_factor(step, total, self.schedule, warmup)
+    cycle = self.restart_epochs*math.ceil(self.trainer.num_training_batches/self.trainer.accumulate_grad_batches)
+    floor = .01 if self.minimum_learning_rate is None else self.minimum_learning_rate/self.learning_rate
+    factor = lambda step: learning_rate_factor(step, total, self.schedule, warmup, cycle, floor)
     return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor), interval='step'))
 
 # %% ../../nbs/learn/05_forecaster.ipynb #01e0819b
 @patch
 def _log(self: Forecaster, metrics, stage, names):
     scores = metrics.compute()
-    self.log_dict({f'{stage}/{k}': torch.as_tensor(scores[k], dtype=torch.float32) for k in names})
+    self.log_dict({f'{stage}/{k}': torch.as_tensor(scores[k], dtype=torch.float32) for k in names or scores})
     metrics.reset()
 
 @patch
@@ -204,3 +224,8 @@ def on_train_epoch_end(self: Forecaster):
 def on_validation_epoch_end(self: Forecaster):
     "Log the validation metrics."
     self._log(self.val_metrics, 'val', self.logged)
+
+@patch
+def on_test_epoch_end(self: Forecaster):
+    "Log all metrics."
+    self._log(self.test_metrics, 'test', ())
