@@ -17,6 +17,7 @@ from typing import Iterable
 
 import h5py
 import numpy as np
+import torch
 import xarray as xr
 from fastcore.basics import patch
 from rasterio.crs import CRS
@@ -77,7 +78,7 @@ def half_overflow(
 ) -> dict[str, float]: # Band to its largest absolute value, of the bands that do not fit
     "Name the bands with numbers beyond the range of half precision."
     peaks = {name: float(np.abs(band[np.isfinite(band)]).max(initial=0)) for name, band in zip(STORED, np.swapaxes(data, 0, 1))}
-    return {name: peak for name, peak in peaks.items() if peak > np.finfo(np.float16).max}
+    return {name: peak for name, peak in peaks.items() if peak > float(np.finfo(np.float16).max)}
 
 # %% ../../nbs/fire/03_wsts.ipynb #362b2260
 def parse_dates(
@@ -182,8 +183,13 @@ def read(
     except (OSError, ValueError) as e: raise DataError(f'{self.path}: cannot be read ({e}); copy or convert it again') from e
 
 def _cut(block, times, bands, rows, cols):
-    if bands is None: return np.array(block[times, :, rows, cols], np.float32)
-    return np.stack([np.asarray(block[times, b, rows, cols], np.float32) for b in bands], axis=1)
+    if bands is None: return _float32(block[times, :, rows, cols])
+    return np.stack([_float32(block[times, b, rows, cols]) for b in bands], axis=1)
+
+def _float32(part):
+    "Copy numbers as float32; from half precision torch does it three times as fast as NumPy."
+    if part.dtype == np.float16: return torch.from_numpy(np.array(part, '=f2')).float().numpy()
+    return np.array(part, np.float32)
 
 # %% ../../nbs/fire/03_wsts.ipynb #c4fcd667
 @patch
