@@ -95,14 +95,14 @@ def read_options(
 
 # %% ../nbs/cli.ipynb #0b54493e
 def check_options(
-    options: Iterable[str], # Names without hyphens before them
-    config: dict, # Whose options are allowed
+    options: dict[str, str], # Names without hyphens before them, and values
+    config: dict, # Whose options are allowed, and those of classes that `options` exchange
     fixed: list[str], # The command's own options
 ):
     "Raise `ConfigError` for the first option that neither the command nor the configuration has."
-    from geoforecast.learn.launch import known_options, resolve_option
-    for name in options:
-        try: resolve_option(name, config)
+    from geoforecast.learn.launch import classes_first, compose, known_options
+    for name, value in classes_first(options, config).items():
+        try: config = compose(config, **{name: value})
         except ConfigError:
             leaves = [f"--{o.rpartition('.')[2]}" for o in known_options(config)]
             if not difflib.get_close_matches(f'--{name}', leaves, 1, .9): refuse_slip(name, fixed)
@@ -179,7 +179,7 @@ def fit(task: str, run):
 def use_checkpoint(command: str, task: str, run):
     "Validate, test or predict with a run whose checkpoint is loaded."
     if command == 'validate':
-        for name, value in run.trainer.validate(run.forecaster, run.datamodule, verbose=False)[0].items(): print(f'{name:16} {value:.4f}')
+        for name, value in run.validate().items(): print(f'{name:16} {value:.4f}')
     elif command == 'test': print_scores(task, evaluation_of(task).report(run))
     else: evaluation_of(task).write_predictions(run)
     print_results(run.folder)

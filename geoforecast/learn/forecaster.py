@@ -114,6 +114,12 @@ def predictor(self: Forecaster) -> nn.Module:
     "The network that predicts: the averaged one where there is one."
     return self.network if self.average is None else self.average.module
 
+@patch(as_prop=True)
+def logged_names(self: Forecaster) -> list[str]:
+    "The names a training logs, any of which can choose the best checkpoint; `train/deep_sup_loss` only where a network has auxiliary outputs."
+    losses = ['val/loss', 'train/total_loss', 'train/main_loss', 'train/deep_sup_loss', 'lr']
+    return [f'val/{k}' for k in self.logged] + [f'train/{k}' for k in self.logged_train] + losses
+
 # %% ../../nbs/learn/05_forecaster.ipynb #02b40682
 @patch
 def forward(self: Forecaster,
