@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['detection_hours', 'write_tiffs', 'day_files', 'read_day', 'expected_days', 'read_tiffs', 'file_name', 'checksum',
-           'fingerprint', 'verify_fire', 'convert_fire', 'find_tiffs', 'convert_tiffs']
+           'fingerprint', 'verify_fire', 'convert_fire', 'find_tiffs', 'map_jobs', 'convert_tiffs']
 
 # %% ../../nbs/fire/04_convert.ipynb #b992b533
 import re
@@ -185,6 +185,18 @@ def find_tiffs(
     return {f: path for path, f in targets.items()}
 
 # %% ../../nbs/fire/04_convert.ipynb #8d888f55
+def map_jobs(
+    one: Callable, # A function of a module, or `partial` of one: it is sent to the processes
+    items: Iterable, # What it is called with, one by one
+    jobs: int = 1, # Processes; 1 for this one
+) -> Iterator: # Results, in order
+    "Call a function on every item, in processes; raise `DataError` where one of them is killed."
+    if jobs == 1: return (yield from map(one, items))
+    try:
+        with ProcessPoolExecutor(jobs) as pool: yield from pool.map(one, items)
+    except BrokenProcessPool as e: raise DataError('a process was killed, perhaps for want of memory; run the same again with fewer jobs') from e
+
+# %% ../../nbs/fire/04_convert.ipynb #0f168590
 def convert_tiffs(
     folder: str | Path, # One fire's folder, or a tree `{year}/{fire}/` of them
     out: str | Path, # Where `{year}/{fire}.hdf5` go
@@ -199,7 +211,7 @@ def convert_tiffs(
     check_storage(dtype, compression)
     fires, failed = find_tiffs(folder, out), []
     one = partial(_try_fire, protocol=protocol, dtype=dtype, compression=compression)
-    for i, (path, done, error) in enumerate(_run(one, fires.items(), jobs), 1):
+    for i, (path, done, error) in enumerate(map_jobs(one, fires.items(), jobs), 1):
         report(f"{i}/{len(fires)} {path.parent.name}/{path.stem}: {f'FAILED, {error}' if error else done}")
         if error: failed.append(error)
     if failed: raise DataError(f"{len(failed)} of {len(fires)} fires could not be converted: {'; '.join(failed[:3])}{'; and more, see above' if len(failed) > 3 else ''}")
@@ -208,9 +220,3 @@ def convert_tiffs(
 def _try_fire(fire, **options):
     try: return fire[1], convert_fire(*fire, **options), None
     except DataError as e: return fire[1], None, str(e)
-
-def _run(one, items, jobs) -> Iterator:
-    if jobs == 1: return (yield from map(one, items))
-    try:
-        with ProcessPoolExecutor(jobs) as pool: yield from pool.map(one, items)
-    except BrokenProcessPool as e: raise DataError('a process was killed, perhaps for want of memory; run the same command again with fewer jobs, it goes on') from e
