@@ -185,6 +185,15 @@ def on_load_checkpoint(self: Forecaster, checkpoint):
     self.epochs_done = checkpoint['loops']['fit_loop']['epoch_progress']['current']['processed']
 
 @patch
+def on_fit_start(self: Forecaster):
+    "Tell losses with an automatic weight how many pixels there are to a burning one; raise `ConfigError` where the data cannot say."
+    asking = [b for name, b in self.loss.named_buffers() if name.rpartition('.')[2] == 'pixels_per_fire']
+    if not asking: return
+    statistics = getattr(self.trainer.datamodule, 'statistics', None)
+    if not statistics: raise ConfigError("the loss takes its weight from the data, and these come without statistics; give pos_class_weight or alpha as a number")
+    for buffer in asking: buffer.fill_(statistics['pos_class_weight'])
+
+@patch
 def on_train_batch_start(self: Forecaster, batch, batch_idx):
     "Seed torch with the run's seed and the step."
     torch.manual_seed(mix(self.run_seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank))
@@ -208,7 +217,8 @@ def configure_optimizers(self: Forecaster):
     optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
     total = int(min(self.trainer.estimated_stepping_batches, 2**31))
     warmup = min(self.warmup_steps, total//10)
-    cycle = self.restart_epochs*math.ceil(self.trainer.num_training_batches/self.trainer.accumulate_grad_batches)
+    self.trainer.fit_loop.setup_data() # which alone knows the length of an epoch
+    cycle = self.restart_epochs*math.ceil(min(self.trainer.num_training_batches, 2**31)/self.trainer.accumulate_grad_batches)
     floor = .01 if self.minimum_learning_rate is None else self.minimum_learning_rate/self.learning_rate
     factor = lambda step: learning_rate_factor(step, total, self.schedule, warmup, cycle, floor)
     return dict(optimizer=optimizer, lr_scheduler=dict(scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor), interval='step'))

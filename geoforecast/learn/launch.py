@@ -204,7 +204,7 @@ def loggers_of(
     if check_choice('logger', logger, LOGGERS) == 'tensorboard': return found
     require('wandb', 'wandb')
     from lightning.pytorch.loggers import WandbLogger
-    return found + [WandbLogger(name=folder.name, save_dir=folder, project='geoforecast', id=f'{folder.parent.name}-{folder.name}')]
+    return found + [WandbLogger(name=folder.name, save_dir=folder, project='geoforecast')]
 
 # %% ../../nbs/learn/06_launch.ipynb #8dc09210
 HDF5_ONLY = 'load_from_hdf5 false: folders of TIFF files are converted once and then read fast; run `geoforecast data fire convert FOLDER --out OTHER` and give data_dir OTHER'

@@ -6,6 +6,8 @@
 __all__ = ['PixelLoss', 'BCE', 'Focal', 'Dice', 'Jaccard', 'Lovasz', 'FocalDice']
 
 # %% ../../nbs/learn/01_losses.ipynb #d4726ce6
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,14 +43,16 @@ def _mean(values, valid): return values.where(valid, 0).sum() / valid.sum().clam
 class BCE(PixelLoss):
     "Average the cross-entropy of logits over the valid pixels."
     def __init__(self,
-        pos_class_weight: float | None = None, # Factor of the burning pixels; none by default, 1 / fire rate balances
+        pos_class_weight: float | Literal['auto'] | None = None, # Factor of the burning pixels; none by default, 'auto' is 1 / fire rate of the training data
     ):
         super().__init__()
         self.pos_class_weight = pos_class_weight
+        if pos_class_weight == 'auto': self.register_buffer('pixels_per_fire', torch.tensor(torch.nan))
 
     def reduce(self, logits, target, valid):
         loss = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
-        if self.pos_class_weight is not None: loss = loss * (1 + (self.pos_class_weight - 1) * target)
+        weight = self.pixels_per_fire if self.pos_class_weight == 'auto' else self.pos_class_weight
+        if weight is not None: loss = loss * (1 + (weight - 1) * target)
         return _mean(loss, valid)
 
 # %% ../../nbs/learn/01_losses.ipynb #b43f1069
@@ -56,17 +60,19 @@ class Focal(PixelLoss):
     "Average the focal loss over the valid pixels (Lin et al. 2017, eq. 5)."
     def __init__(self,
         gamma: float = 2., # How fast pixels that are right fade out; 2 is the paper's choice, 0 is cross-entropy
-        alpha: float | None = None, # Weight of burning pixels, `1 - alpha` of quiet ones; none by default
+        alpha: float | Literal['auto'] | None = None, # Weight of burning pixels, `1 - alpha` of quiet ones; none by default, 'auto' is 1 - fire rate of the training data
     ):
         super().__init__()
         if gamma < 0: raise ConfigError(f"gamma {gamma} of the focal loss must not be negative")
-        if alpha is not None and not 0 <= alpha <= 1: raise ConfigError(f"alpha {alpha} of the focal loss must lie between 0 and 1; it is the weight of the burning pixels")
+        if alpha == 'auto': self.register_buffer('pixels_per_fire', torch.tensor(torch.nan))
+        elif alpha is not None and not 0 <= alpha <= 1: raise ConfigError(f"alpha {alpha} of the focal loss must lie between 0 and 1; it is the weight of the burning pixels")
         self.gamma, self.alpha = gamma, alpha
 
     def reduce(self, logits, target, valid):
         z = logits * (2 * target - 1)
         loss = F.softplus(-z) * torch.exp(-self.gamma * F.softplus(z))
-        if self.alpha is not None: loss = loss * (self.alpha * target + (1 - self.alpha) * (1 - target))
+        alpha = 1 - 1 / self.pixels_per_fire if self.alpha == 'auto' else self.alpha
+        if alpha is not None: loss = loss * (alpha * target + (1 - alpha) * (1 - target))
         return _mean(loss, valid)
 
 # %% ../../nbs/learn/01_losses.ipynb #95adc72c
@@ -118,7 +124,7 @@ class FocalDice(PixelLoss):
     "Mix the focal and the Dice loss."
     def __init__(self,
         gamma: float = 2., # As in `Focal`
-        alpha: float | None = None, # As in `Focal`: the weight of burning pixels
+        alpha: float | Literal['auto'] | None = None, # As in `Focal`: the weight of burning pixels
         focal_dice_weight: float = 0.5, # Share of the focal loss; Dice has the rest
     ):
         super().__init__()
