@@ -6,7 +6,7 @@
 __all__ = ['detection_hours', 'write_tiffs', 'day_files', 'read_day', 'expected_days', 'read_tiffs', 'file_name', 'checksum',
            'fingerprint', 'verify_fire', 'convert_fire', 'find_tiffs', 'map_jobs', 'convert_tiffs']
 
-# %% ../../nbs/fire/04_convert.ipynb #b992b533
+# %% ../../nbs/fire/04_convert.ipynb #482d0da6
 import re
 import shutil
 import zlib
@@ -27,7 +27,7 @@ from .wsts import STORED, Fire, check_storage, half_overflow, open_fire, parse_d
 from ..geo.grid import Grid
 from ..geo.io import grid_of, read_geotiff, write_geotiff
 
-# %% ../../nbs/fire/04_convert.ipynb #7cc222d8
+# %% ../../nbs/fire/04_convert.ipynb #c77d5d60
 def detection_hours(
     hhmm: np.ndarray, # Times of day as numbers, 1342 for 13:42; NaN where nothing was detected
     protocol: str = 'default', # `default`: hours with fraction, at least one minute; `wsts`: floor of HHMM/100
@@ -38,7 +38,7 @@ def detection_hours(
     if protocol == 'default': hours = np.maximum(hours + minutes/60, 1/60)
     return np.nan_to_num(hours, nan=0).astype(np.float32)
 
-# %% ../../nbs/fire/04_convert.ipynb #ebf8dcfe
+# %% ../../nbs/fire/04_convert.ipynb #1aa3bfbf
 def write_tiffs(
     fire: Fire, # An open fire
     folder: str | Path, # Where the days go
@@ -52,7 +52,7 @@ def write_tiffs(
         files.append(write_geotiff(Path(folder)/f'{fire.dates[t]}.tif', image))
     return files
 
-# %% ../../nbs/fire/04_convert.ipynb #dd55153a
+# %% ../../nbs/fire/04_convert.ipynb #0494c185
 def day_files(
     folder: str | Path, # Folder of one fire
 ) -> list[Path]: # `2020-09-05.tif` and so on, in order
@@ -70,7 +70,7 @@ def read_day(
     if image.ndim != 3 or len(image) != len(STORED): raise DataError(f'{file}: {len(image) if image.ndim == 3 else 1} bands, {len(STORED)} needed')
     return image
 
-# %% ../../nbs/fire/04_convert.ipynb #374b04fa
+# %% ../../nbs/fire/04_convert.ipynb #e2d60250
 def expected_days(
     files: list[Path], # Of `day_files`
     protocol: str, # `default`, or `wsts` for no rows for missing days
@@ -96,7 +96,7 @@ def read_tiffs(
         data[t, -1] = detection_hours(image.values[-1], protocol)
     return data, days, grid
 
-# %% ../../nbs/fire/04_convert.ipynb #be34214e
+# %% ../../nbs/fire/04_convert.ipynb #fa2a8188
 def file_name(
     name: str, # Of a fire
 ) -> str: # The same where possible
@@ -104,7 +104,7 @@ def file_name(
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', '_', name).rstrip('. ')
     return f'_{name}' if re.fullmatch(r'(?i)con|prn|aux|nul|com\d|lpt\d', name.split('.')[0]) else name
 
-# %% ../../nbs/fire/04_convert.ipynb #a45a9ce9
+# %% ../../nbs/fire/04_convert.ipynb #9dd385f4
 def checksum(
     days: Iterable[np.ndarray], # Arrays one after the other: a (T, ...) array, or a dataset of an open file
 ) -> int:
@@ -120,7 +120,7 @@ def fingerprint(
     "Return a number that changes with the names and sizes of files and with the options."
     return zlib.crc32(repr([(f.name, f.stat().st_size) for f in files] + list(options)).encode())
 
-# %% ../../nbs/fire/04_convert.ipynb #5d1fbed6
+# %% ../../nbs/fire/04_convert.ipynb #2d06dac4
 def verify_fire(
     path: str | Path, # The fire file
     source: str | Path, # Folder of its images
@@ -139,7 +139,7 @@ def verify_fire(
         same = np.array_equal(stored, image.values.astype(fire.dtype).astype(np.float32), equal_nan=True)
         if not same or grid_of(image) != fire.grid: raise DataError(f'{path}: differs from {file}; convert again')
 
-# %% ../../nbs/fire/04_convert.ipynb #a8039a81
+# %% ../../nbs/fire/04_convert.ipynb #de5977a8
 def convert_fire(
     source: Path, # Folder of the images of one fire; its name is the fire's, its parent's the year if that is one
     path: Path, # File to write
@@ -155,7 +155,7 @@ def convert_fire(
     large = half_overflow(data) if dtype == 'float16' else {}
     data = data.astype('<f4' if large else np.dtype(dtype).newbyteorder('<'), copy=False)
     with atomic_path(path) as p:
-        write_fire(p, data, dates, grid, source.name, int(path.parent.name), data.dtype.name, compression)
+        write_fire(p, data, dates, grid, source.resolve().name, int(path.parent.name), data.dtype.name, compression)
         with h5py.File(p, 'r+') as f: f['data'].attrs.update(source=stamp, checksum=checksum(data))
         verify_fire(p, source, protocol)
     kept = f", kept in float32: {', '.join(f'{b} reaches {v:g}' for b, v in large.items())}" if large else ''
@@ -166,25 +166,26 @@ def _is_done(path, stamp):
         with h5py.File(path) as f: return f['data'].attrs['source'] == stamp and f['data'].attrs['checksum'] == checksum(f['data'])
     except (OSError, KeyError): return False
 
-# %% ../../nbs/fire/04_convert.ipynb #be535f8c
+# %% ../../nbs/fire/04_convert.ipynb #04c8284f
 def find_tiffs(
     folder: str | Path, # One fire's folder, or a tree `{year}/{fire}/` of them
     out: str | Path, # Where `{year}/{fire}.hdf5` go
 ) -> dict[Path, Path]: # Folder of images to fire file, in order
     "Find fires stored as images; raise `DataError` where there are none or where two have one name."
-    folder = Path(folder).resolve()
+    folder = Path(folder)
     days = (p for p in folder.rglob('*.tif') if re.fullmatch(r'\d{4}-\d\d-\d\d', p.stem))
     found = sorted({p.parent for p in days if not any(part.startswith('.') for part in p.relative_to(folder).parts)})
     if not found: raise DataError(f'nothing to convert in {folder}: expected {{year}}/{{fire}}/2020-09-05.tif')
     targets = {}
     for f in found:
-        year = f.parent.name if re.fullmatch(r'\d{4}', f.parent.name) else day_files(f)[0].stem[:4]
-        path = Path(out)/year/f'{file_name(f.name)}.hdf5'
+        year, name = f.resolve().parts[-2:]
+        if not re.fullmatch(r'\d{4}', year): year = day_files(f)[0].stem[:4]
+        path = Path(out)/year/f'{file_name(name)}.hdf5'
         if path in targets: raise DataError(f'{targets[path]} and {f} would both become {path}; convert them to different folders')
         targets[path] = f
     return {f: path for path, f in targets.items()}
 
-# %% ../../nbs/fire/04_convert.ipynb #8d888f55
+# %% ../../nbs/fire/04_convert.ipynb #eb857b53
 def map_jobs(
     one: Callable, # A function of a module, or `partial` of one: it is sent to the processes
     items: Iterable, # What it is called with, one by one
@@ -196,7 +197,7 @@ def map_jobs(
         with ProcessPoolExecutor(jobs) as pool: yield from pool.map(one, items)
     except BrokenProcessPool as e: raise DataError('a process was killed, perhaps for want of memory; run the same again with fewer jobs') from e
 
-# %% ../../nbs/fire/04_convert.ipynb #0f168590
+# %% ../../nbs/fire/04_convert.ipynb #4196890f
 def convert_tiffs(
     folder: str | Path, # One fire's folder, or a tree `{year}/{fire}/` of them
     out: str | Path, # Where `{year}/{fire}.hdf5` go

@@ -7,7 +7,7 @@ __all__ = ['AGENT', 'TRIES', 'SKIP', 'URL', 'EXPECTED', 'RemoteFile', 'waiting_t
            'is_there', 'fetch', 'select_images', 'check_space', 'download_wsts', 'scan_tiff', 'scan_fire', 'scan',
            'Inventory', 'inventory']
 
-# %% ../../nbs/fire/05_download.ipynb #090cfcca
+# %% ../../nbs/fire/05_download.ipynb #2135f9e3
 import hashlib
 import http.client
 import io
@@ -18,10 +18,9 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import partial
 from pathlib import Path
 from typing import Callable
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -32,10 +31,10 @@ from fastcore.basics import patch
 
 from .. import __version__
 from ..core import DataError, atomic_path, check_choice
-from .convert import checksum, map_jobs, read_day, write_tiffs
+from .convert import checksum, map_jobs, read_day
 from .wsts import open_fire
 
-# %% ../../nbs/fire/05_download.ipynb #ccf536b5
+# %% ../../nbs/fire/05_download.ipynb #a87b1e5b
 AGENT = f'geoforecast/{__version__} (wildfire research; Python urllib)'
 TRIES = 6 # in a row, without a byte in between
 SKIP = 1 << 16 # bytes that are sooner read and dropped than asked for anew
@@ -61,7 +60,7 @@ class RemoteFile(io.RawIOBase):
         if self._stream: self._stream.close()
         super().close()
 
-# %% ../../nbs/fire/05_download.ipynb #2ab23510
+# %% ../../nbs/fire/05_download.ipynb #3fd62d55
 @patch
 def _request(self: RemoteFile):
     "Ask for everything from the position on."
@@ -84,7 +83,7 @@ def waiting_time(
     if after: return max(parsedate_to_datetime(after).timestamp() - time.time(), 0)
     return max(float(reset) - time.time(), 0) if reset.isdigit() else 2.**attempt
 
-# %% ../../nbs/fire/05_download.ipynb #d9a72b2a
+# %% ../../nbs/fire/05_download.ipynb #7664b33b
 @patch
 def _read_on(self: RemoteFile, n):
     "Return up to `n` bytes of the stream, at least one if `n` is not 0, asking anew where it broke."
@@ -113,6 +112,7 @@ def _refusal(url, error):
 
 @patch
 def read(self: RemoteFile, n=-1):
+    "Return `n` bytes from the position on, or all to the end."
     wanted = max(self.size - self._position, 0) if n is None or n < 0 else min(n, max(self.size - self._position, 0))
     parts = []
     while wanted:
@@ -120,7 +120,7 @@ def read(self: RemoteFile, n=-1):
         wanted -= len(parts[-1])
     return b''.join(parts)
 
-# %% ../../nbs/fire/05_download.ipynb #7faf2cd4
+# %% ../../nbs/fire/05_download.ipynb #bbd0872c
 URL = 'https://zenodo.org/records/8006177/files/WildfireSpreadTS.zip?download=1'
 
 def open_archive(
@@ -146,7 +146,7 @@ def list_wsts(
     "List the images of WildfireSpreadTS."
     with open_archive(url) as archive: return contents(archive)
 
-# %% ../../nbs/fire/05_download.ipynb #75ca17c7
+# %% ../../nbs/fire/05_download.ipynb #81e72e9f
 def is_there(
     path: Path, # An image on disk
     info: zipfile.ZipInfo, # Its member in the archive
@@ -170,7 +170,7 @@ def fetch(
         except (zipfile.BadZipFile, zlib.error, EOFError) as e: error = e
     raise DataError(f'{info.filename} arrives damaged ({error}); try again later, it goes on') from error
 
-# %% ../../nbs/fire/05_download.ipynb #32ec6d75
+# %% ../../nbs/fire/05_download.ipynb #3e691181
 def select_images(
     table: pd.DataFrame, # From `contents`
     years: list[int] | None = None, # All by default
@@ -192,7 +192,7 @@ def check_space(
     free = shutil.disk_usage(existing).free
     if free < needed: raise DataError(f'{folder}: {needed/1e9:.1f} GB are needed and {free/1e9:.1f} GB free; choose fewer years or fires, or another disk')
 
-# %% ../../nbs/fire/05_download.ipynb #84b45a65
+# %% ../../nbs/fire/05_download.ipynb #0bc9ad3c
 def download_wsts(
     out: str | Path, # Where `{year}/{fire}/{date}.tif` go
     years: list[int] | None = None, # 2018 to 2021; all by default
@@ -227,10 +227,10 @@ def _fetch_fire(archive, folder, images):
 
 def _minutes(seconds): return f'{seconds/3600:.1f} h' if seconds > 5400 else f'{seconds/60:.0f} min' if seconds > 90 else f'{seconds:.0f} s'
 
-# %% ../../nbs/fire/05_download.ipynb #aa9f9bff
+# %% ../../nbs/fire/05_download.ipynb #70daec28
 EXPECTED = pd.DataFrame(dict(fires=[176, 74, 201, 156], images=[3773, 1425, 4292, 4117]), index=pd.Index([2018, 2019, 2020, 2021], name='year'))
 
-# %% ../../nbs/fire/05_download.ipynb #ed3cfd76
+# %% ../../nbs/fire/05_download.ipynb #5c4d0eee
 def _digest(values): return hashlib.blake2b(np.ascontiguousarray(values, np.float32).tobytes(), digest_size=16).hexdigest()
 
 def scan_tiff(
@@ -258,7 +258,7 @@ def scan(
     try: return (scan_tiff if file.suffix == '.tif' else scan_fire)(file), None
     except DataError as e: return [], str(e)
 
-# %% ../../nbs/fire/05_download.ipynb #4d8d7b7a
+# %% ../../nbs/fire/05_download.ipynb #008ee661
 @dataclass(repr=False)
 class Inventory:
     "Tell what a folder holds of WildfireSpreadTS."
@@ -287,7 +287,7 @@ class Inventory:
         full = (counts.fires == counts['of fires']) & (counts.images == counts['of images'])
         return not len(self.damaged) and bool(full.groupby('form').all().any())
 
-# %% ../../nbs/fire/05_download.ipynb #16a803fb
+# %% ../../nbs/fire/05_download.ipynb #5ef98306
 @patch(as_prop=True)
 def table(self: Inventory) -> pd.DataFrame:
     "Fires, images, missing days and copies by form and year, beside what is expected."
@@ -313,7 +313,7 @@ def _repr_html_(self: Inventory):
     parts = [('', self.table)] + [(f'<p>{title}</p>', t) for title, t in (('Damaged', self.damaged), ('Copies', self.duplicates), ('Missing days', self.missing)) if len(t)]
     return ''.join(title + t.to_html(max_rows=20) for title, t in parts)
 
-# %% ../../nbs/fire/05_download.ipynb #3e6e63f8
+# %% ../../nbs/fire/05_download.ipynb #bbee9660
 def inventory(
     folder: str | Path, # Anything of WildfireSpreadTS: a fire, a year, all; images, fire files or both
     jobs: int = 1, # Processes
