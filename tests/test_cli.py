@@ -186,6 +186,22 @@ def test_print_config_can_be_given_back(here, capsys):
     assert yaml.safe_load(capsys.readouterr().out) == made
 
 
+def test_presets_and_options_in_any_order(here, capsys):
+    words = "fit --config fire/unet --focal_dice_weight .3 --loss_function FocalDice --trainer fire/full --train_years [2018,2019] --val_years [2020] --test_years [2021] --precision bf16-mixed"
+    assert main(words.split() + ["--print_config"]) == 0
+    made = yaml.safe_load(capsys.readouterr().out)
+    assert made["model"]["init_args"]["loss"]["init_args"] == {"focal_dice_weight": .3}
+    assert (made["patience"], made["trainer"]["max_epochs"], made["trainer"]["precision"]) == (25, 200, "bf16-mixed")
+    assert made["data"]["init_args"]["train_years"] == [2018, 2019]
+
+
+@pytest.mark.parametrize("option, hint", [("--monitor=val/f2", "'val/f1'"), ("--loss_function=Focl", "'Focal'"), ("--logger=wandbb", "'wandb'"), ("--load_from_hdf5=false", "geoforecast data fire convert")])
+def test_what_would_fail_later_is_refused_before_training(option, hint, here, fires, capsys):
+    assert main(["fit", "--config", "fire/logistic", "--data_dir", str(fires), "--output_dir", "out", option]) == 2
+    shown = capsys.readouterr().err
+    assert hint in shown and shown.count("\n") == 1 and not Path("out").exists()
+
+
 def test_a_value_that_does_not_fit_is_refused(here, fires, capsys):
     assert main(["fit", "--config", "fire/unet", "--data_dir", str(fires), "--batch_size", "many", "--output_dir", "out"]) == 2
     shown = capsys.readouterr().err
@@ -217,6 +233,9 @@ def test_fit_then_validate_test_predict(here, fires, capsys, monkeypatch):
     shown = capsys.readouterr()
     assert re.search(r"val/ap +\d\.\d{4}", shown.out) and shown.err == ""
     assert Path("out", "cli_config.yaml").read_text() == settings, "the run's own settings stay as they were"
+    assert main(["fit", "--config", "fire/logistic", "--data_dir", str(fires), "--output_dir", "more", *small, "--max_epochs", "2", "--ckpt_path", "out/checkpoints/latest.ckpt"]) == 0
+    shown = capsys.readouterr()
+    assert "epoch 2/2" in shown.out and "epoch 1/2" not in shown.out and shown.err == ""
     Path("damaged.ckpt").write_bytes(b"nothing")
     assert main(["test", "--output_dir", "out", "--ckpt_path", "damaged.ckpt"]) == 2
 

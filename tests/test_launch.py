@@ -1,4 +1,8 @@
 "Options by any of their names reach their place, and each mistake in a configuration is one line that names it."
+import re
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -6,8 +10,9 @@ import yaml
 from geoforecast.core import ConfigError, GeoforecastError
 from geoforecast.fire.models import Logistic
 from geoforecast.fire.simulate import simulate_fires
+from geoforecast.learn.callbacks import read_metrics
 from geoforecast.learn.launch import compose, configs, launch, resolve_option
-from geoforecast.learn.losses import Focal
+from geoforecast.learn.losses import Focal, FocalDice
 
 SMALL = dict(window_size=2, hidden_dims=[2, 4], crop_size=16, batch_size=4, samples_per_epoch=8, max_epochs=1)
 
@@ -67,6 +72,22 @@ def test_every_shipped_configuration_composes_and_every_short_name_resolves():
         assert resolve_option("window_size", composed) == "data.window_size"
 
 
+NAMES = """dropout_rate deep_supervision_weight loss_function focal_dice_weight learning_rate weight_decay batch_size num_workers data_dir load_from_hdf5
+max_epochs precision gradient_clip_val accumulate_grad_batches patience monitor ckpt_path train_years val_years test_years val_start_date test_start_date""".split()
+
+def test_the_names_of_the_references_resolve():
+    config = compose("fire/unet", loss_function="FocalDice")
+    found = {n: resolve_option(n, config) for n in NAMES}
+    assert found["loss_function"] == "model.loss" and found["focal_dice_weight"] == "model.loss.focal_dice_weight"
+    assert found["precision"] == "trainer.precision" and found["patience"] == "patience" and found["test_years"] == "data.test_years"
+
+
+def test_a_trainer_preset_says_how_a_run_is_watched():
+    assert [compose("fire/unet", p)["trainer"]["max_epochs"] for p in ("fire/test_short", "fire/full")] == [5, 200]
+    assert compose("fire/unet", "fire/full")["patience"] == 25 and "patience" not in compose("fire/unet", "fire/test_short")
+    assert compose("fire/unet", "fire/full", patience="7")["patience"] == 7 and "patience" not in compose("fire/unet", "fire/full")["trainer"]
+
+
 # Values
 
 def test_values_arrive(start):
@@ -115,6 +136,21 @@ def test_a_class_is_exchanged_by_its_name_and_takes_its_own_options(start):
     assert isinstance(run.forecaster.network, Logistic) and run.forecaster.network.head.kernel_size == (1, 1)
     refused(lambda: start(**SMALL, gamma=3), "'gamma'")
     refused(lambda: start(loss="geoforecast.learn.losses.Fokal"), "Fokal")
+    refused(lambda: start(loss_function="Fokal"), "'Fokal'", "did you mean 'Focal'")
+
+
+def test_an_option_may_stand_before_the_class_it_belongs_to(start):
+    run = start(**SMALL, focal_dice_weight=".3", gamma=1, loss_function="FocalDice")
+    assert isinstance(run.forecaster.loss, FocalDice) and (run.forecaster.loss.focal_dice_weight, run.forecaster.loss.focal.gamma) == (.3, 1)
+
+
+@pytest.mark.parametrize("options", [dict(pos_class_weight="auto"), dict(loss_function="Focal", alpha="auto")], ids=lambda o: list(o)[-1])
+def test_a_class_weight_comes_from_the_training_data_and_goes_into_the_checkpoint(options, start):
+    run = start(**SMALL | options).fit()
+    days = {(w.fire, d) for w in run.datamodule.windows["train"] for d in (w.day - 1, w.day)}
+    hours = [run.datamodule.fires[f].read(slice(d, d + 1), bands=[22]) for f, d in days]
+    weight = torch.load(run.best_path, weights_only=True)["state_dict"]["loss.pixels_per_fire"].item()
+    assert weight == pytest.approx(sum(h.size for h in hours)/sum((h > 0).sum() for h in hours)) and weight > 1
 
 
 @pytest.mark.parametrize("name, value", [("batch_size", "many"), ("hidden_dims", "wide"), ("max_epochs", "ten"), ("trainer.deterministic", "perhaps"), ("schedule", "cosin")])
@@ -149,7 +185,98 @@ def test_a_file_that_is_absent_or_no_text_is_refused(tmp_path):
 def test_an_option_that_is_no_yaml_is_refused_or_text(start): refused(lambda: start(hidden_dims="[4, 8"), "[4, 8")
 
 
+def test_a_score_that_is_not_logged_is_refused_before_anything_is_trained(start, tmp_path):
+    for wrong, right in {"val/f2": "val/f1", "val_ap": "val/ap", "val/los": "val/loss"}.items(): refused(lambda: start(**SMALL, monitor=wrong), f"'{wrong}'", f"did you mean '{right}'")
+    refused(lambda: start(**SMALL, load_from_hdf5=False), "convert")
+    refused(lambda: start(**SMALL, logger="tensorbord"), "did you mean 'tensorboard'")
+    assert not (tmp_path/"run").exists()
+
+
 # Runs
+
+@pytest.mark.parametrize("score", ["f1", "ap"])
+def test_the_best_checkpoint_is_named_after_epoch_and_score(score, start):
+    run = start(**SMALL | dict(max_epochs=2), monitor=f"val/{score}", learning_rate=.03).fit()
+    found = re.fullmatch(rf"UNet_epoch_(\d\d)_val_{score}_(\d\.\d{{3}})\.ckpt", run.best_path.name)
+    best = max(run.metrics, key=lambda row: row[f"val/{score}"])
+    assert found and run.metrics[int(found[1])][f"val/{score}"] == best[f"val/{score}"] and found[2] == f"{best[f'val/{score}']:.3f}"
+
+
+def test_what_is_logged_stands_in_the_table_and_in_tensorboard(start):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run = start(**SMALL | dict(max_epochs=2)).fit()
+    events = EventAccumulator(str(run.folder/"tensorboard")).Reload()
+    names = {"train/main_loss", "train/total_loss", "train/f1", "train/ap", "val/loss", "val/f1", "val/precision", "val/recall", "val/ap", "lr"}
+    assert names <= set(events.Tags()["scalars"]) and names <= set(run.metrics[0])
+    for name in names: assert [e.value for e in events.Scalars(name)] == pytest.approx([row[name] for row in run.metrics])
+    assert yaml.safe_load((run.folder/"tensorboard"/"hparams.yaml").read_text()) == run.config
+
+
+def test_weights_and_biases_gets_the_same_names_and_the_configuration(start, monkeypatch):
+    from lightning.pytorch import loggers
+    made = []
+
+    class Recorder(loggers.CSVLogger):
+        def __init__(self, **options):
+            super().__init__(options["save_dir"], name="wandb", version="")
+            self.options, self.seen = options, {}
+            made.append(self)
+        def log_hyperparams(self, params): self.hyperparameters = params
+        def log_metrics(self, metrics, step=None): self.seen |= metrics
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    monkeypatch.setattr(loggers, "WandbLogger", Recorder)
+    run = start(**SMALL, logger="wandb").fit()
+    assert made[0].options["name"] == "run" and made[0].options["save_dir"] == run.folder and made[0].hyperparameters == run.config
+    assert {"train/total_loss", "train/ap", "val/f1", "val/ap", "lr"} <= set(made[0].seen)
+
+
+def test_weights_and_biases_that_is_missing_is_named_with_its_extra(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    refused(lambda: start(**SMALL, logger="wandb"), "geoforecast[wandb]")
+
+
+def test_a_run_validates_tests_and_predicts(start):
+    run = start(**SMALL).fit()
+    tested, validated = run.test(), run.validate()
+    assert {f"test/{k}" for k in "loss f1 precision recall specificity auc ap iou dice ece uce brier tp fp fn tn f1_best threshold_best".split()} <= set(tested)
+    assert validated["val/ap"] == pytest.approx(run.metrics[-1]["val/ap"]) and f"{validated['val/ap']:.3f}" in run.best_path.name
+    probability = torch.cat(run.predict())
+    truth = torch.stack([batch.target for batch in run.datamodule.dataset("test")])
+    assert probability.shape == truth.shape and int(((probability >= .5) & (truth > 0)).sum()) == tested["test/tp"]
+
+
+def test_gradients_of_two_batches_make_one_step(start):
+    run = start(**SMALL | dict(batch_size=2, samples_per_epoch=16), accumulate_grad_batches=4, **{"trainer.gradient_clip_val": .5}).fit()
+    assert run.trainer.global_step == 2 and run.forecaster.average.n_averaged == 2
+
+
+def test_recomputed_activations_train_to_the_same_weights(start, tmp_path):
+    options = SMALL | dict(hidden_dims=[3], config="fire/convlstm")
+    one, two = (start(**options, checkpointing=c, output_dir=str(tmp_path/str(c))).fit() for c in (False, True))
+    assert two.forecaster.network.recurrent.checkpointing and not one.forecaster.network.recurrent.checkpointing
+    for a, b in zip(one.forecaster.state_dict().values(), two.forecaster.state_dict().values()): assert torch.equal(a, b)
+
+
+def test_a_run_starts_from_a_checkpoint_and_then_goes_on_from_its_own(start, tmp_path):
+    first = start(**SMALL).fit()
+    latest, more = first.folder/"checkpoints"/"latest.ckpt", dict(output_dir=str(tmp_path/"more"), ckpt_path=str(first.folder/"checkpoints"/"latest.ckpt"))
+    run = start(**SMALL | dict(max_epochs=2), **more)
+    assert run.ckpt_path == latest
+    assert [row["epoch"] for row in run.fit().metrics] == [1]
+    again = start(**SMALL | dict(max_epochs=2), **more)
+    assert again.ckpt_path == tmp_path/"more"/"checkpoints"/"latest.ckpt" and len(again.fit().metrics) == 1
+    refused(lambda: start(**SMALL | dict(hidden_dims=[2, 6]), **more | dict(output_dir=str(tmp_path/"other"))).fit(), "latest.ckpt", "another model")
+    refused(lambda: start(**SMALL, output_dir=str(tmp_path/"other"), ckpt_path="nowhere.ckpt").fit(), "nowhere.ckpt")
+    assert len(read_metrics(first.folder/"metrics.csv")) == 1, "the run that was started from stays as it was"
+
+
+def test_the_whole_of_a_run_takes_the_start_of_a_checkpoint_to_the_same_bits(start, tmp_path):
+    whole = start(**SMALL | dict(max_epochs=2), schedule="constant", output_dir=str(tmp_path/"whole")).fit()
+    half = start(**SMALL, schedule="constant", output_dir=str(tmp_path/"half")).fit()
+    on = start(**SMALL | dict(max_epochs=2), schedule="constant", output_dir=str(tmp_path/"on"), ckpt_path=str(half.folder/"checkpoints"/"latest.ckpt")).fit()
+    one, two = (torch.load(r.folder/"checkpoints"/"latest.ckpt", weights_only=True)["state_dict"] for r in (whole, on))
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), two.values()))
+
 
 def test_what_a_run_writes_loads_without_executing_anything(start, tmp_path):
     run = start(**SMALL, patience=3).fit()
