@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import ConfigError, check_choice
 from .models import NORMS, double_conv, flat_dim, flatten_time, start_at_rate
@@ -214,22 +215,26 @@ class UTAE(nn.Module):
         if len(hidden_dims) != len(decoder_dims) or hidden_dims[-1] != decoder_dims[-1]:
             raise ConfigError(f"decoder_dims {tuple(decoder_dims)} must be as many as hidden_dims {tuple(hidden_dims)} and end on the same width")
 
-    def forward(self,
-        x: Tensor, # (B, T, C, H, W), normalised; any H and W
-        time: Tensor, # (B, T) int64, seconds since 1970; NaT marks a day that is absent
-    ) -> Tensor: # (B, 1, H, W), logits
-        height, width = x.shape[-2:]
-        maps, x, attention = self.encode(x, time)
-        for block in self.up: x = block(x, weigh_days(maps.pop(), attention))
-        return self.head(x)[..., :height, :width]
+# %% ../../nbs/fire/15_benchmark.ipynb #a0c9a1c1
+@patch
+def encode(self: UTAE,
+    x: Tensor, # As in `forward`
+    time: Tensor, # As in `forward`
+) -> tuple[list[Tensor], Tensor, Tensor]: # Maps of all days (B, T, width, h, w), finest first; days summed up at the coarsest scale; attention (B, T, heads, h, w)
+    "Look at each day, and weigh the days."
+    days = x.shape[:2]
+    maps = [self.enter(pad_to_multiple(x.flatten(0, 1), self.multiple))]
+    for block in self.down: maps.append(block(maps[-1]))
+    maps, present = [m.unflatten(0, days) for m in maps], time != ABSENT
+    present = present | ~present.any(1, keepdim=True)
+    return maps, *self.attend(maps.pop(), self.positions(time), present)
 
-    def encode(self,
-        x: Tensor, # As in `forward`
-        time: Tensor, # As in `forward`
-    ) -> tuple[list[Tensor], Tensor, Tensor]: # Maps of all days (B, T, width, h, w), finest first; days summed up at the coarsest scale; attention (B, T, heads, h, w)
-        "Look at each day, and weigh the days."
-        days = x.shape[:2]
-        maps = [self.enter(pad_to_multiple(x.flatten(0, 1), self.multiple))]
-        for block in self.down: maps.append(block(maps[-1]))
-        maps = [m.unflatten(0, days) for m in maps]
-        return maps, *self.attend(maps.pop(), self.positions(time), time != ABSENT)
+@patch
+def forward(self: UTAE,
+    x: Tensor, # (B, T, C, H, W), normalised; any H and W
+    time: Tensor, # (B, T) int64, seconds since 1970; NaT marks a day that is absent
+) -> Tensor: # (B, 1, H, W), logits
+    height, width = x.shape[-2:]
+    maps, x, attention = self.encode(x, time)
+    for block in self.up: x = block(x, weigh_days(maps.pop(), attention))
+    return self.head(x)[..., :height, :width]
