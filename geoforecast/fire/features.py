@@ -22,19 +22,19 @@ def nearest_fire(
     fire: Tensor, # (..., H, W) bool
     reach: int = REACH, # Cells to look, at most 100
 ) -> Tensor: # (2, ..., H, W) float32: rows and columns from each pixel to its nearest fire pixel, infinite where none is within reach
-    "Find the nearest fire pixel of every pixel; of equally near ones the westernmost, then the northernmost."
-    side, row = 2*reach + 1, torch.arange(fire.shape[-2], device=fire.device, dtype=torch.int32)[:, None]
-    far = fire.shape[-2] + reach + 1
-    above = torch.where(fire, row, -far).cummax(-2).values - row
-    below = torch.where(fire, row, 2*far).flip(-2).cummin(-2).values.flip(-2) - row
-    rows = torch.where(-above <= below, above, below)
-    column = torch.where(rows.abs() <= reach, rows*rows*side**2 + rows + reach, 2**30)
-    best = column + reach*side
-    for shift in range(1, min(reach, fire.shape[-1] - 1) + 1):
-        left, right = best[..., :-shift], best[..., shift:]
-        torch.minimum(left, column[..., shift:] + (shift*side)**2 + (reach + shift)*side, out=left)
-        torch.minimum(right, column[..., :-shift] + (shift*side)**2 + (reach - shift)*side, out=right)
-    offset = torch.stack([best % side, best // side % side]).float() - reach
+    "Find the nearest fire pixel of every pixel; of equally near ones the northernmost, then the westernmost."
+    side, column = 2*reach + 1, torch.arange(fire.shape[-1], device=fire.device, dtype=torch.int32)
+    far = fire.shape[-1] + reach + 1
+    west = torch.where(fire, column, -far).cummax(-1).values - column
+    east = torch.where(fire, column, 2*far).flip(-1).cummin(-1).values.flip(-1) - column
+    columns = torch.where(-west <= east, west, east)
+    row = torch.where(columns.abs() <= reach, columns*columns*side**2 + columns + reach, 2**30)
+    best = row + reach*side
+    for shift in range(1, min(reach, fire.shape[-2] - 1) + 1):
+        upper, lower = best[..., :-shift, :], best[..., shift:, :]
+        torch.minimum(upper, row[..., shift:, :] + ((shift*side)**2 + (reach + shift)*side), out=upper)
+        torch.minimum(lower, row[..., :-shift, :] + ((shift*side)**2 + (reach - shift)*side), out=lower)
+    offset = torch.stack([best // side % side, best % side]).float() - reach
     return offset.masked_fill_(best >= (reach**2 + 1)*side**2, torch.inf)
 
 # %% ../../nbs/fire/02_features.ipynb #385fb089
@@ -44,8 +44,9 @@ def front_distance(
     cell_size: float = 1., # Of a cell; 0.375 gives kilometres
 ) -> Tensor: # (..., H, W), 0 on active fire; NaN on a missing day
     "Measure the straight distance to the nearest active fire of the same day."
-    distance = torch.linalg.vector_norm(nearest_fire(hour > 0, reach), dim=0).clamp_(max=reach)
-    return _blank_missing(cell_size*distance, hour)
+    return _blank_missing(cell_size*_distance(hour > 0, reach), hour)
+
+def _distance(fire, reach): return torch.hypot(*nearest_fire(fire, reach)).clamp_(max=reach)
 
 # %% ../../nbs/fire/02_features.ipynb #1b0f12ec
 def progression_rate(
@@ -53,8 +54,7 @@ def progression_rate(
     reach: int = REACH, # Cells; the rate cannot exceed it
 ) -> Tensor: # (..., H, W), cells a day, 0 or more; NaN on missing days and where nothing burned before
     "Measure by how much the burned area came nearer within the last day."
-    before, now = (torch.linalg.vector_norm(nearest_fire(age >= days, reach), dim=0).clamp_(max=reach) for days in (1, 0))
-    return _blank_missing(before - now, age.where(age >= 1, torch.nan))
+    return _blank_missing(_distance(age >= 1, reach) - _distance(age >= 0, reach), age.where(age >= 1, torch.nan))
 
 # %% ../../nbs/fire/02_features.ipynb #b46f5a3f
 def wind_toward_front(
@@ -69,7 +69,7 @@ def wind_toward_front(
     rows, cols = sum(_unit(offset) for offset in ends)/2
     return _blank_missing((speed*(cols*angle.sin() - rows*angle.cos())).nan_to_num(nan=0.), hour)
 
-def _unit(offset): return (offset/torch.linalg.vector_norm(offset, dim=0)).nan_to_num_(nan=0.) # inf/inf and 0/0 point nowhere
+def _unit(offset): return (offset/torch.hypot(*offset)).nan_to_num_(nan=0.) # inf/inf and 0/0 point nowhere
 
 # %% ../../nbs/fire/02_features.ipynb #dee2465a
 def fire_density(
