@@ -283,9 +283,9 @@ class Inventory:
     @property
     def complete(self) -> bool:
         "Whether one form has all fires and images, none damaged."
-        counts = self.table.drop('all', level='year', errors='ignore')
-        full = (counts.fires == counts['of fires']) & (counts.images == counts['of images'])
-        return not len(self.damaged) and bool(full.groupby('form').all().any())
+        if self.images.empty or len(self.damaged): return False
+        full = (self.table.fires == self.table['of fires']) & (self.table.images == self.table['of images'])
+        return bool(full.groupby('form').all().any())
 
 # %% ../../nbs/fire/05_download.ipynb #5ef98306
 @patch(as_prop=True)
