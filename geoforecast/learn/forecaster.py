@@ -101,6 +101,8 @@ class Forecaster(L.LightningModule):
         logged_train: tuple[str, ...] = ('f1', 'ap'), # Metrics written as `train/…`
     ):
         super().__init__()
+        if restart_epochs < 1: raise ConfigError(f'restart_epochs {restart_epochs} must be 1 or more')
+        if (minimum_learning_rate or 0) > learning_rate: raise ConfigError(f'minimum_learning_rate {minimum_learning_rate} must not lie above learning_rate {learning_rate}')
         self.network, self.inputs, self.loss = network, inputs, loss
         self.average = weight_average(network, ema_decay).requires_grad_(False) if ema_decay else None
         self.learning_rate, self.weight_decay, self.schedule, self.warmup_steps = learning_rate, weight_decay, schedule, warmup_steps
@@ -139,7 +141,7 @@ def _called(self: Forecaster, network, raw, time):
 @patch
 def _score(self: Forecaster, batch, stage, metrics):
     output = self(batch.inputs, batch.time)
-    self.log(f'{stage}/loss', self.loss(output, batch.target, batch.valid), on_epoch=True, batch_size=len(batch.target))
+    self.log(f'{stage}/loss', self.loss(output, batch.target, batch.valid), on_epoch=True, batch_size=len(batch.target), sync_dist=True)
     metrics.update(output, batch.target, batch.valid)
 
 @patch
@@ -168,7 +170,7 @@ def training_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
     total = main + self.deep_supervision_weight*deep
     if not torch.isfinite(total): self._refuse(batch)
     losses = {'train/main_loss': main, 'train/total_loss': total} | ({'train/deep_sup_loss': deep} if auxiliary else {})
-    self.log_dict(losses, on_step=False, on_epoch=True, batch_size=len(batch.target))
+    self.log_dict(losses, on_step=False, on_epoch=True, batch_size=len(batch.target), sync_dist=True)
     self.train_metrics.update(output.detach(), batch.target, batch.valid)
     return total
 

@@ -182,7 +182,7 @@ class BinaryScores(Metric):
 # %% ../../nbs/learn/02_metrics.ipynb #2b092c8a
 SCORE_KEYS = {
     'ap': ('average precision', '', 'max'), 'f1': ('F1 at probability 0.5', '', 'max'), 'f1_best': ('F1 at the best threshold of the validation', '', 'max'),
-    'iou': ('intersection over union', '', 'max'), 'precision': ('precision', '', 'max'), 'recall': ('recall', '', 'max'),
+    'iou': ('intersection over union', '', 'max'), 'precision': ('precision', '', 'max'), 'recall': ('recall, also called sensitivity', '', 'max'),
     'auc': ('area under the ROC curve', '', 'max'), 'ece': ('expected calibration error', '', 'min'),
     'uce': ('uniform calibration error', '', 'min'), 'ap_growth': ('average precision on newly burning pixels', '', 'max'),
     'dice': ('Dice coefficient', '', 'max'), 'specificity': ('specificity', '', 'max'), 'brier': ('Brier score', '', 'min')} # key: (long name, unit, direction)
