@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import ConfigError, DataError
 from .channels import BAND, BANDS, FireInputs, Statistics, select_channels
+from .coverage import Coverage
 from .protocols import center_slices, class_weight, flip_and_turn, fold_years, protocol_name, rules_of, seek_fire
 from .windows import Window, split_windows, summary, target_date, turn, windows_of
 from .wsts import Fire, find_fires, open_fire
@@ -47,7 +48,7 @@ class FireWindows(Dataset):
         bands: list[int] | None = None, # Raw bands to read, the others stay NaN; all where None
         fire_share: float = 0.9, # Share of the crops `near_fire` that are
         crop_choice: str = 'near_fire', # Where crops lie: around a burning pixel, or `fire_seeking` as in the benchmark
-        coverage: Callable | None = None, # `coverage(raw, hour, rng)` to what other satellites would have seen of a crop
+        coverage: Callable | None = None, # `coverage(raw, hour, rng)`, what other satellites would have seen of a crop, such as `Coverage`
         min_window_size: int | None = None, # Crops know a number of days drawn between this and `window_size`; all of them where None
         center: bool = False, # Whole fields are cut to their centre, see `center_slices`
         cross_gaps: bool = False, # The image that follows is the target, whatever its date
@@ -228,7 +229,7 @@ class FireDataModule(L.LightningDataModule):
         test_start_date: str | None = None,
         train_dir: list[str] | None = None, # Further files or folders, whose fires only train
         train_dir_share: float = 0.5, # Share of the training crops from these
-        coverage: Callable | None = None, # See `FireWindows` for this and the next two; training crops only
+        coverage: Coverage | None = None, # See `FireWindows` for this and the next two; training crops only
         min_window_size: int | None = None,
         fire_share: float = 0.9,
         bands: list[int] | None = None, # Raw bands to read; those the model uses where None
