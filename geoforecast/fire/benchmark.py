@@ -234,6 +234,7 @@ def forward(self: UTAE,
     x: Tensor, # (B, T, C, H, W), normalised; any H and W
     time: Tensor, # (B, T) int64, seconds since 1970; NaT marks a day that is absent
 ) -> Tensor: # (B, 1, H, W), logits
+    "Forecast the next day."
     height, width = x.shape[-2:]
     maps, x, attention = self.encode(x, time)
     for block in self.up: x = block(x, weigh_days(maps.pop(), attention))
