@@ -217,27 +217,30 @@ class FireInputs(nn.Module):
         "Positions of the channels that are the same every day; a network that lays days side by side needs them once."
         return [i for i, c in enumerate(self.channels) if all(BANDS[BAND[name]].kind == 'static' for name in _bands_of(_table[c]))]
 
-    def set_statistics(
-        self,
-        statistics: dict, # `mean` and `std`, 24 numbers each, as `channel_statistics` gives them
-    ) -> 'FireInputs': # itself
-        "Take over the statistics of a training set; raise `DataError` where they do not fit."
-        for key in ('mean', 'std'):
-            values = torch.as_tensor(np.asarray(statistics[key], np.float64), dtype=torch.float32)
-            if values.shape != (len(BANDS),): raise DataError(f"statistics '{key}' hold {tuple(values.shape)} numbers, {len(BANDS)} bands need one each")
-            getattr(self, key).copy_(values)
-        return self
-
-    def statistics(self) -> dict: # `mean` and `std` as lists, and the `bands` they belong to
-        "Return the statistics in use, ready for JSON."
-        return dict(bands=list(BAND), mean=self.mean.tolist(), std=self.std.tolist())
-
 def _runs(channels):
     runs = []
     for c in channels:
         if runs and runs[-1][0] == c.operation and runs[-1][2] + 1 == c.number: runs[-1][2] = c.number
         else: runs.append([c.operation, c.number, c.number])
     return [tuple(r) for r in runs]
+
+# %% ../../nbs/fire/01_channels.ipynb #6fdb0db6
+@patch
+def set_statistics(
+    self: FireInputs,
+    statistics: dict, # `mean` and `std`, 24 numbers each, as `channel_statistics` gives them
+) -> FireInputs: # itself
+    "Take over the statistics of a training set; raise `DataError` where they do not fit."
+    for key in ('mean', 'std'):
+        values = torch.as_tensor(np.asarray(statistics[key], np.float64), dtype=torch.float32)
+        if values.shape != (len(BANDS),): raise DataError(f"statistics '{key}' hold {tuple(values.shape)} numbers, {len(BANDS)} bands need one each")
+        getattr(self, key).copy_(values)
+    return self
+
+@patch
+def statistics(self: FireInputs) -> dict: # `mean` and `std` as lists, and the `bands` they belong to
+    "Return the statistics in use, ready for JSON."
+    return dict(bands=list(BAND), mean=self.mean.tolist(), std=self.std.tolist())
 
 # %% ../../nbs/fire/01_channels.ipynb #c64f8b64
 @patch

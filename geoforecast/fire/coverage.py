@@ -160,7 +160,7 @@ class Coverage:
         half_erased: float = .1, # Probability that one side of the fire is erased
         bands_dropped: float = 0., # Probability that all bands but the detections are NaN
     ):
-        self.options = {name: float(value) for name, value in locals().items() if name not in ('self', '__class__')}
+        self.options = {name: float(value) for name, value in locals().items() if name != 'self'}
         for name, value in self.options.items():
             if not 0 <= value <= 1: raise ConfigError(f'coverage option {name}={value} must lie between 0 and 1')
 
