@@ -22,7 +22,7 @@ from geoforecast.terminal import parse_value
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ["fit", "validate", "test", "predict", "run", "score", "forecast", "data", "models", "doctor"]
-PREPARE = ["simulate", "detections", "convert", "check"]
+PREPARE = ["firms", "download", "simulate", "detections", "convert", "weather", "check", "inventory"]
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
 COMMAND = [sys.executable, "-c", "import sys; from geoforecast.cli import main; sys.exit(main())"]
 
@@ -111,7 +111,16 @@ ERRORS = {
     "data fire detections nowhere.csv --out a.h6": "ends in .hdf5",
     "data fire convert nowhere --out x": "nothing to convert in nowhere",
     "data fire convert nowhere --out x --protocol wst": "did you mean 'wsts'",
+    "data fire convert nowhere --out x --compression zip": "did you mean 'gzip'",
     "data fire check nowhere": "nowhere does not exist",
+    "data fire inventory nowhere": "nothing of WildfireSpreadTS in nowhere",
+    "data fire weather nowhere.hdf5 era5.nc --out a.hdf5": "nowhere.hdf5 does not exist",
+    "data fire weather nowhere.hdf5 era5.nc --out a": "ends in .hdf5",
+    "data fire firms --out x --bounds 1 2 3 --start 2021-08-03 --end 2021-08-04": "expected 4 arguments",
+    "data fire firms --out x --bounds 1 2 3 4 --start 3.8.2021 --end 2021-08-04": "is not a date",
+    "data fire firms --out x --bounds 179 2 -179 4 --start 2021-08-03 --end 2021-08-04": "antimeridian",
+    "data fire firms --out x --bounds 1 2 3 4 --start 2021-08-03 --end 2021-08-04 --sources VIIRS_SNP_SP": "did you mean 'VIIRS_SNPP_SP'",
+    "data fire download --out x --url http://127.0.0.1:9/no.zip": "127.0.0.1:9",
     "forecast bundle fire.hdf5": "--out",
     "forecast bundle fire.hdf5 --out x --batch_size 4": "did you mean '--batch-size'",
     "forecast bundle fire.hdf5 --out x --date tomorrow": "'tomorrow' is not a date; write it as 2020-09-25",

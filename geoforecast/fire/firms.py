@@ -147,6 +147,27 @@ def format_area(
     if west >= east or max(west, east) > 180: raise ConfigError(f'area {text} does not run eastward from -180 to 180; across the antimeridian fetch two, such as 177,-19,180,-16 and -180,-19,-178,-16, to one folder')
     return text
 
+# %% ../../nbs/fire/07_firms.ipynb #b2f2b1ee
+def _period(start, end):
+    try: days = np.arange(np.datetime64(start, 'D'), np.datetime64(end, 'D') + 1)
+    except ValueError as e: raise ConfigError(f"'{start}' to '{end}' is no period; write days as 2020-09-05") from e
+    if not len(days): raise ConfigError(f'the period ends on {end}, before it starts on {start}')
+    return days
+
+def _files(folder, source, area): return sorted(folder.glob(f'{source}_*_{area}.csv'))
+
+def _days_there(folder, source, area):
+    return np.concatenate([np.array([], 'datetime64[D]'), *(named_days(p.stem) for p in _files(folder, source, area))])
+
+def _fetch(path, source, area, days, report, options):
+    text = call(f'/api/area/csv/{{key}}/{source}/{area}/{len(days)}/{days[0]}', ['latitude', 'longitude', 'acq_date', 'acq_time'], report=report, **options)
+    header, *rows = text.splitlines()
+    column = header.lower().split(',').index('acq_date')
+    strange = {row.split(',')[column] for row in rows} - set(days.astype(str))
+    if strange: raise DataError(f'{source}: asked for {days[0]} to {days[-1]}, FIRMS gave {min(strange)}')
+    with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
+    report(f'{source} {days[0]} to {days[-1]}: {len(rows):,} detections')
+
 # %% ../../nbs/fire/07_firms.ipynb #077d7e47
 def fetch_detections(
     out: str | Path, # Folder of the tables
@@ -173,23 +194,3 @@ def fetch_detections(
         for asked, name in calls: _fetch(Path(out)/f'{source}_{name}_{area}.csv', source, area, asked, report, options)
         files += [p for p in _files(Path(out), source, area) if np.isin(named_days(p.stem), days).any() or '_latest_' in p.name]
     return files
-
-def _period(start, end):
-    try: days = np.arange(np.datetime64(start, 'D'), np.datetime64(end, 'D') + 1)
-    except ValueError as e: raise ConfigError(f"'{start}' to '{end}' is no period; write days as 2020-09-05") from e
-    if not len(days): raise ConfigError(f'the period ends on {end}, before it starts on {start}')
-    return days
-
-def _files(folder, source, area): return sorted(folder.glob(f'{source}_*_{area}.csv'))
-
-def _days_there(folder, source, area):
-    return np.concatenate([np.array([], 'datetime64[D]'), *(named_days(p.stem) for p in _files(folder, source, area))])
-
-def _fetch(path, source, area, days, report, options):
-    text = call(f'/api/area/csv/{{key}}/{source}/{area}/{len(days)}/{days[0]}', ['latitude', 'longitude', 'acq_date', 'acq_time'], report=report, **options)
-    header, *rows = text.splitlines()
-    column = header.lower().split(',').index('acq_date')
-    strange = {row.split(',')[column] for row in rows} - set(days.astype(str))
-    if strange: raise DataError(f'{source}: asked for {days[0]} to {days[-1]}, FIRMS gave {min(strange)}')
-    with atomic_path(path) as p: p.write_text(text, encoding='utf-8')
-    report(f'{source} {days[0]} to {days[-1]}: {len(rows):,} detections')
