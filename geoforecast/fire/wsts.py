@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['STORED', 'DTYPES', 'COMPRESSIONS', 'write_fire', 'grid_center', 'check_storage', 'half_overflow', 'parse_dates',
-           'check_layout', 'Fire', 'open_fire', 'find_fires', 'detection_hours', 'read_tiffs', 'write_tiffs',
-           'convert_tiffs']
+           'check_layout', 'Fire', 'open_fire', 'find_fires', 'detection_hours']
 
 # %% ../../nbs/fire/03_wsts.ipynb #768c8e20
 import re
@@ -25,7 +24,7 @@ from rasterio.crs import CRS
 from ..core import ConfigError, DataError, atomic_path, check_choice
 from .channels import BAND, BANDS, PROTOCOLS
 from ..geo.grid import Grid, utm_crs
-from ..geo.io import georeference, grid_of, read_geotiff, write_geotiff
+from ..geo.io import georeference
 
 # %% ../../nbs/fire/03_wsts.ipynb #1c863277
 STORED = [b.name for b in BANDS[:BAND['detection_hour'] + 1]]
@@ -276,7 +275,7 @@ def find_fires(
     if not found: raise DataError(f'no fire in {path}: expected files such as {path}/2020/fire.hdf5 or {path}/fire.hdf5')
     return found
 
-# %% ../../nbs/fire/03_wsts.ipynb #4eb81f2d
+# %% ../../nbs/fire/03_wsts.ipynb #18c4675b
 def detection_hours(
     hhmm: np.ndarray, # Times of day as numbers, 1342 for 13:42; NaN where nothing was detected
     protocol: str = 'default', # `default`: hours with fraction, at least one minute; `wsts`: floor of HHMM/100
@@ -286,55 +285,3 @@ def detection_hours(
     hours, minutes = np.divmod(np.asarray(hhmm, np.float64), 100)
     if protocol == 'default': hours = np.maximum(hours + minutes/60, 1/60)
     return np.nan_to_num(hours, nan=0).astype(np.float32)
-
-# %% ../../nbs/fire/03_wsts.ipynb #fed0a6fb
-def read_tiffs(
-    folder: str | Path, # Folder of one fire, with a file a day
-    protocol: str = 'default', # `default`, or `wsts` for the benchmark's hours and no rows for missing days
-) -> tuple[np.ndarray, np.ndarray, Grid]: # Data (T, 23, H, W), days, grid
-    "Read a fire from GeoTIFFs; raise `DataError` for other band counts or images that do not lie on each other."
-    files = sorted(p for p in Path(folder).glob('*.tif') if re.fullmatch(r'\d{4}-\d\d-\d\d', p.stem))
-    if not files: raise DataError(f'no day in {folder}: expected files such as 2020-09-05.tif')
-    seen = parse_dates([p.stem for p in files], folder)
-    days = np.arange(seen[0], seen[-1] + 1) if protocol == 'default' else seen
-    data, grid = None, None
-    for day, file in zip(seen, files):
-        image = read_geotiff(file)
-        if image.ndim != 3 or len(image) != len(STORED): raise DataError(f'{file}: {len(image) if image.ndim == 3 else 1} bands, {len(STORED)} needed')
-        if data is None: grid, data = grid_of(image), np.full((len(days), *image.shape), np.nan, np.float32)
-        if grid_of(image) != grid: raise DataError(f'{file}: does not lie on the grid of {files[0].name}')
-        data[np.searchsorted(days, day)] = image.values
-        data[np.searchsorted(days, day), -1] = detection_hours(image.values[-1], protocol)
-    return data, days, grid
-
-# %% ../../nbs/fire/03_wsts.ipynb #07c85adb
-def write_tiffs(
-    fire: Fire, # An open fire
-    folder: str | Path, # Where the days go
-) -> list[Path]: # The files
-    "Write one GeoTIFF of 23 bands a day."
-    files = []
-    for t in np.flatnonzero(~fire.missing):
-        image = fire.to_xarray(slice(t, t + 1))[0].drop_vars('units')
-        minutes = np.round(image.values[-1]*60)
-        image.values[-1] = np.where(minutes > 0, minutes//60*100 + minutes % 60, np.nan)
-        files.append(write_geotiff(Path(folder)/f'{fire.dates[t]}.tif', image))
-    return files
-
-# %% ../../nbs/fire/03_wsts.ipynb #14e3e17e
-def convert_tiffs(
-    folder: str | Path, # One fire's folder, or a tree `{year}/{fire}/` of them
-    out: str | Path, # Where `{year}/{fire}.hdf5` go
-    protocol: str = 'default', # See `read_tiffs`
-) -> list[Path]: # The files written
-    "Convert GeoTIFFs to fire files; raise `DataError` where there is nothing to convert."
-    fires = sorted({p.parent for p in Path(folder).rglob('*.tif') if re.fullmatch(r'\d{4}-\d\d-\d\d', p.stem)})
-    if not fires: raise DataError(f'nothing to convert in {folder}: expected {{year}}/{{fire}}/2020-09-05.tif')
-    return [_convert(f, Path(out), protocol) for f in fires]
-
-def _convert(source, out, protocol):
-    data, dates, grid = read_tiffs(source, protocol)
-    name = source.resolve().name
-    year = source.resolve().parent.name
-    year = int(year) if re.fullmatch(r'\d{4}', year) else int(str(dates[0])[:4])
-    return write_fire(out/str(year)/f'{name}.hdf5', data, dates, grid, name, year)
