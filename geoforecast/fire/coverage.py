@@ -8,6 +8,7 @@ __all__ = ['HOUR', 'AGE', 'SEEN_TWICE', 'detections_and_history', 'age_of', 'thi
 
 # %% ../../nbs/fire/12_coverage.ipynb #a2094e3d
 import numpy as np
+from fastcore.basics import patch
 from scipy.ndimage import binary_dilation, grey_closing, label
 
 from ..core import ConfigError
@@ -164,29 +165,35 @@ class Coverage:
         for name, value in self.options.items():
             if not 0 <= value <= 1: raise ConfigError(f'coverage option {name}={value} must lie between 0 and 1')
 
-    def __call__(self,
-        raw: np.ndarray, # (T, 24, H, W) float32, the input days
-        hour: np.ndarray, # (1, H, W) float32, detection hour on the day after
-        rng: np.random.Generator, # Source of randomness; the same state gives the same bytes
-    ) -> tuple[np.ndarray, np.ndarray]: # raw, hour: new arrays where anything changes
-        chosen = {name for name, value in self.options.items() if name != 'least_kept' and rng.random() < value}
-        if not chosen: return raw, hour
-        raw = self._repeat(raw, rng) if 'day_repeated' in chosen else raw.copy()
-        if 'bands_dropped' in chosen: raw[:, :HOUR] = np.nan
-        hours, history = detections_and_history(raw, hour)
-        for name, part in self._parts().items():
-            if name in chosen: hours, history = part(hours, history, rng)
-        raw[:, HOUR], raw[:, AGE] = hours[:-1], age_of(hours[:-1], history)
-        return raw, hours[-1:]
-
-    def _parts(self):
-        return dict(cluster_kept=keep_cluster, half_erased=erase_half, clock_turned=turn_clock, pass_dropped=drop_pass,
-                    gaps_filled=fill_gaps, thinned=lambda *sample: thin(*sample, self.options['least_kept']), days_hidden=hide_days)
-
-    def _repeat(self, raw, rng):
-        again = int(rng.integers(1, len(raw))) if len(raw) > 1 else 0
-        raw = raw[sorted([*range(1, len(raw)), again])]
-        raw[-1, AGE] += np.where(raw[-1, AGE] >= len(raw) - 1, 1, 0) # what burned on the day that fell out is history now
-        return raw
-
     def __repr__(self): return f"Coverage({', '.join(f'{k}={v:g}' for k, v in self.options.items())})"
+
+# %% ../../nbs/fire/12_coverage.ipynb #9af40e8e
+@patch
+def __call__(
+    self: Coverage,
+    raw: np.ndarray, # (T, 24, H, W) float32, the input days
+    hour: np.ndarray, # (1, H, W) float32, detection hour on the day after
+    rng: np.random.Generator, # Source of randomness; the same state gives the same bytes
+) -> tuple[np.ndarray, np.ndarray]: # raw, hour: new arrays where anything changes
+    "Return the sample as another mix would have shown it."
+    chosen = {name for name, value in self.options.items() if name != 'least_kept' and rng.random() < value}
+    if not chosen: return raw, hour
+    raw = self._repeat(raw, rng) if 'day_repeated' in chosen else raw.copy()
+    if 'bands_dropped' in chosen: raw[:, :HOUR] = np.nan
+    hours, history = detections_and_history(raw, hour)
+    for name, part in self._parts().items():
+        if name in chosen: hours, history = part(hours, history, rng)
+    raw[:, HOUR], raw[:, AGE] = hours[:-1], age_of(hours[:-1], history)
+    return raw, hours[-1:]
+
+@patch
+def _parts(self: Coverage):
+    return dict(cluster_kept=keep_cluster, half_erased=erase_half, clock_turned=turn_clock, pass_dropped=drop_pass,
+                gaps_filled=fill_gaps, thinned=lambda *sample: thin(*sample, self.options['least_kept']), days_hidden=hide_days)
+
+@patch
+def _repeat(self: Coverage, raw, rng):
+    again = int(rng.integers(1, len(raw))) if len(raw) > 1 else 0
+    raw = raw[sorted([*range(1, len(raw)), again])]
+    raw[-1, AGE] += np.where(raw[-1, AGE] >= len(raw) - 1, 1, 0) # what burned on the day that fell out is history now
+    return raw
