@@ -118,14 +118,14 @@ def describe_options(
     config: dict, # A whole configuration
 ) -> Iterable[tuple]: # Name, present value, meaning
     "Yield all options of a configuration."
-    from geoforecast.learn.launch import RUN_OPTIONS, known_options
+    from geoforecast.learn.launch import known_options
     for option in known_options(config):
         *path, name = option.split('.')
         section = config
         for part in path: section = _inner(section).get(part) or {}
-        value = _inner(section).get(name, RUN_OPTIONS.get(name)) if path else config.get(name, RUN_OPTIONS.get(name))
-        class_path = 'lightning.pytorch.Trainer' if path == ['trainer'] else section.get('class_path') if path else None
-        default, meaning = _documented(class_path).get(name, (None, '')) if class_path else (None, '')
+        own = {'': 'geoforecast.learn.launch.RunOptions', 'trainer': 'lightning.pytorch.Trainer'}
+        default, meaning = _documented(own.get('.'.join(path)) or section['class_path']).get(name, (None, ''))
+        value = _inner(section).get(name)
         value = default if value is None else value
         yield option, value['class_path'] if isinstance(value, dict) and 'class_path' in value else value, meaning
 
