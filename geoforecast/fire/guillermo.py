@@ -10,6 +10,7 @@ __all__ = ['NormedCell', 'normed_lstm', 'StochasticDepth', 'EnhancedLayer', 'Mul
 from itertools import pairwise
 from typing import Sequence
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import ConfigError, check_choice
 from .models import NORMS, start_at_rate
@@ -200,15 +201,18 @@ class ConvLSTMGuillermoV2(nn.Module):
         self.head = MultiScaleHead(last//2, max(last//8, 1), ((1, 1), (3, 1), (3, 2), (3, 4)), fire_rate)
         self.auxiliary = nn.ModuleList(_auxiliary(d, fire_rate) for d in dims[:-1]) if deep_supervision else None
 
-    def forward(self,
-        x: Tensor, # (B, T, C, H, W), normalised; any T, H and W
-    ) -> Tensor | tuple[Tensor, list[Tensor]]: # Logits (B, 1, H, W), with deep supervision beside a list of auxiliary ones
-        steps = []
-        for layer in self.layers:
-            x = layer(x)
-            steps.append(x[:, -1])
-        last = steps[-1] if self.temporal is None else steps[-1] + self.temporal(x)
-        features = self.fuse(torch.cat([*steps[:-1], last], 1) if self.skips else last)
-        logits = self.head(self.refine(features))
-        if self.auxiliary is None: return logits
-        return logits, [head(day) for head, day in zip(self.auxiliary, steps)]
+# %% ../../nbs/fire/16_guillermo.ipynb #940612a7
+@patch
+def forward(self: ConvLSTMGuillermoV2,
+    x: Tensor, # (B, T, C, H, W), normalised; any T, H and W
+) -> Tensor | tuple[Tensor, list[Tensor]]: # Logits (B, 1, H, W), with deep supervision beside a list of auxiliary ones
+    "Return logits, and auxiliary ones where there is deep supervision."
+    steps = []
+    for layer in self.layers:
+        x = layer(x)
+        steps.append(x[:, -1])
+    last = steps[-1] if self.temporal is None else steps[-1] + self.temporal(x)
+    features = self.fuse(torch.cat([*steps[:-1], last], 1) if self.skips else last)
+    logits = self.head(self.refine(features))
+    if self.auxiliary is None: return logits
+    return logits, [head(day) for head, day in zip(self.auxiliary, steps)]
