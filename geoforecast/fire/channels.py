@@ -217,6 +217,11 @@ class FireInputs(nn.Module):
         "Positions of the channels that are the same every day; a network that lays days side by side needs them once."
         return [i for i, c in enumerate(self.channels) if all(BANDS[BAND[name]].kind == 'static' for name in _bands_of(_table[c]))]
 
+    @property
+    def angles(self) -> list[int]:
+        "Raw bands that hold directions, which turn with the field."
+        return [i for i, b in enumerate(BANDS) if b.transform == 'angle']
+
 def _runs(channels):
     runs = []
     for c in channels:
