@@ -97,7 +97,7 @@ class EnhancedLayer(nn.Module):
     ) -> Tensor: # (B, T, hidden, H, W)
         "Compute what the layer adds to its shortcut."
         hidden, _ = self.lstm(_each_day(self.pyramid, x))
-        return _each_day(nn.Sequential(self.fuse, self.attention, self.dropout), hidden)
+        return self.dropout(self.attention(self.fuse(hidden.flatten(0, 1)))).unflatten(0, x.shape[:2])
 
     def forward(self,
         x: Tensor, # (B, T, input, H, W)
