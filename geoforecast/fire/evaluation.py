@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BLUR_WIDTHS', 'KEPT', 'LIMITS', 'predictors_of', 'Tally', 'tally', 'fit_blur', 'fit_logistic', 'fit_baselines',
-           'score_rows', 'summary', 'verdict', 'draw_training', 'draw_scores', 'draw_run', 'write_predictions',
-           'describe', 'report', 'score_bundle']
+           'score_rows', 'pooled', 'summary', 'verdict', 'draw_training', 'draw_scores', 'draw_run',
+           'write_predictions', 'describe', 'report', 'score_bundle']
 
 # %% ../../nbs/fire/20_evaluation.ipynb #9a15b3a1
 import json
@@ -27,21 +27,23 @@ from .forecaster import FireForecaster
 from .models import BoxBlur, Logistic, Persistence
 from .prediction import forecast_bundle, forecasts, open_fires, save_figure, write_forecast
 from ..learn.bundle import Bundle, save_bundle
-from ..learn.forecaster import Batch, StepSampler
+from ..learn.ensemble import Ensemble, label
+from ..learn.forecaster import Batch
 from ..learn.launch import Run
 from ..learn.metrics import ScoreTable, average_precision, coarsen, draw_reliability, histogram_of, score_table, scores_at, scores_of
 from ..learn.resample import bootstrap, bootstrap_difference
 
 # %% ../../nbs/fire/20_evaluation.ipynb #9f06713d
 def predictors_of(
-    forecaster: FireForecaster, # Trained
+    forecaster: FireForecaster | Ensemble, # Trained
     baselines: dict[str, nn.Module], # Fitted, by name
-) -> dict[str, Callable[[Batch], Tensor]]: # Name to a function from a batch to logits (B, 1, H, W)
-    "Return the network and its baselines as functions of a batch."
+) -> dict[str, Callable[[Batch], Tensor]]: # Name to a function from a batch to logits (B, 1, H, W), the network last
+    "Return the network and its baselines as functions of a batch; an ensemble's first member stands beside it."
     def of_mask(module): return lambda batch: module(batch.inputs[:, -1, BAND['detection_hour'], None] > 0)
     def of_channels(module): return lambda batch: module.to(batch.inputs.device)(forecaster.inputs(batch.inputs))
     found = {name: (of_channels if isinstance(m, Logistic) else of_mask)(m) for name, m in baselines.items()}
-    return found | {type(forecaster.predictor).__name__: lambda batch: forecaster(batch.inputs)}
+    networks = [forecaster.members[0], forecaster] if isinstance(forecaster, Ensemble) else [forecaster]
+    return found | {label(n): lambda batch, n=n: n(batch.inputs, batch.time) for n in networks}
 
 # %% ../../nbs/fire/20_evaluation.ipynb #96ce8592
 @dataclass
@@ -119,7 +121,7 @@ def fit_logistic(
     inputs = FireInputs(own.channels, own.protocol).set_statistics(own.statistics())
     model = FireForecaster(lambda dim, days: Logistic(dim, days, fire_rate=.02), inputs, window_size=data.window_size, learning_rate=.02, ema_decay=.99)
     crops = data.dataset('train', crop=True)
-    loader = DataLoader(crops, data.batch_size, sampler=StepSampler(len(crops), steps*data.batch_size, data.seed % 2**32), num_workers=data.num_workers)
+    loader = DataLoader(crops, data.batch_size, sampler=data.sampler(steps*data.batch_size), num_workers=data.num_workers)
     trainer = L.Trainer(max_epochs=1, accelerator=run.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(model, loader)
     return model.predictor.cpu().eval()
@@ -163,10 +165,9 @@ def _pooled_row(counts, model, split, protocol, thresholds):
     return row | _intervals(counts, model)
 
 def _part_row(counts, model, unit, split, protocol):
-    fire, year, day = unit
-    part = sum(p for p, u in zip(counts.parts[model], counts.units) if u == unit or (day is None and u[:2] == unit[:2]))
+    where = {k: v for k, v in zip(('fire', 'year', 'day'), unit) if v is not None}
+    part = sum(p for p, u in zip(counts.parts[model], counts.units) if all(mine in (None, its) for mine, its in zip(unit, u)))
     scores = scores_at(part[0])
-    where = dict(fire=fire, year=year) | (dict(day=day) if day else {})
     return dict(model=model, split=split, protocol=protocol) | where | dict(ap=average_precision(part[0]).item(), ap_growth=average_precision(part[1]).item(),
                                                                            f1=float(scores['f1']), burning=int(scores['tp'] + scores['fn']))
 
@@ -176,13 +177,20 @@ def score_rows(
     split: str, # Named in the rows
     protocol: str = 'default', # Named in the rows
     thresholds: dict[str, float] | None = None, # Best thresholds of the validation; those of these data where None
-) -> list[dict]: # Pooled rows first, then those of each fire, then of each day of a fire
+) -> list[dict]: # Pooled rows first, then those of each year where there are several, of each fire, of each day of a fire
     "Score every model on a tally."
     rows = [_pooled_row(counts, model, split, protocol, thresholds) for model in counts.pooled]
     network, others = rows[-1], list(counts.pooled)[:-1]
     for other in others: network |= _gain(counts, network['model'], other)
-    units = list(dict.fromkeys([(*u[:2], None) for u in counts.units] + counts.units))
-    return rows + [_part_row(counts, model, unit, split, protocol) for model in counts.pooled for unit in units]
+    years = sorted({u[1] for u in counts.units})
+    parts = [(None, y, None) for y in years if len(years) > 1] + [(*u[:2], None) for u in counts.units] + counts.units
+    return rows + [_part_row(counts, model, unit, split, protocol) for model in counts.pooled for unit in dict.fromkeys(parts)]
+
+def pooled(
+    rows: list[dict], # As `score_rows` gives them
+) -> list[dict]: # Those of whole splits
+    "Leave out the rows of years, fires and days."
+    return [r for r in rows if not {'fire', 'year', 'day'} & set(r)]
 
 # %% ../../nbs/fire/20_evaluation.ipynb #b9f82646
 def summary(
@@ -190,7 +198,7 @@ def summary(
 ) -> ScoreTable: # Pooled rows, main columns
     "Show what matters most of the pooled rows."
     keys = ('model', 'split', 'ap', 'ap_lo', 'ap_hi', 'f1', 'f1_best', 'precision', 'recall', 'iou', 'auc', 'ece', 'ap_growth', 'n')
-    return score_table([{k: r[k] for k in keys if k in r} for r in rows if 'fire' not in r])
+    return score_table([{k: r[k] for k in keys if k in r} for r in pooled(rows)])
 
 # %% ../../nbs/fire/20_evaluation.ipynb #ec00a302
 def verdict(
@@ -227,7 +235,7 @@ def draw_scores(
     split: str = 'test', # The split to show
 ): # The axes
     "Draw average precision of every model with its interval."
-    shown = [r for r in rows if 'fire' not in r and r['split'] == split]
+    shown = [r for r in pooled(rows) if r['split'] == split]
     for y, r in enumerate(shown):
         ax.barh(y, r['ap'], color='#0072B2' if y == len(shown) - 1 else '0.75')
         if 'ap_lo' in r: ax.plot([r['ap_lo'], r['ap_hi']], [y, y], color='k')
@@ -253,7 +261,7 @@ def write_predictions(
     maps: int = 4, # Maps to draw in all
 ) -> Path: # `predictions_{run}.pt`
     "Write the test forecasts: files and maps a fire, and all of them as tensors."
-    dataset = run.datamodule.dataset('test')
+    dataset = run.datamodule.dataset('test', whole=True)
     fires = sorted({w.fire for w in dataset.windows})
     tensors = {}
     for k, (fire, probability) in enumerate(forecasts(run.forecaster, dataset, run.datamodule.eval_batch_size)):
@@ -277,8 +285,8 @@ def describe(
     data = run.datamodule
     parts = {p: dict(windows=len(w), fires=sorted({data.fires[x.fire].name for x in w}), first=str(min(data.fires[x.fire].dates[x.day + 1] for x in w)),
                      last=str(max(data.fires[x.fire].dates[x.day + 1] for x in w))) for p, w in data.windows.items()}
-    network = type(run.forecaster.predictor).__name__
-    return dict(task='fire', run=run.folder.name, protocol=run.forecaster.inputs.protocol, window_size=data.window_size, threshold=thresholds[network], thresholds=thresholds,
+    network = label(run.forecaster)
+    return dict(task='fire', run=run.folder.name, protocol=data.protocol_name, window_size=data.window_size, threshold=thresholds[network], thresholds=thresholds,
                 data=parts, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
 
 # %% ../../nbs/fire/20_evaluation.ipynb #a3fbf785
@@ -295,11 +303,11 @@ def report(
     predictors = predictors_of(forecaster, {name: m for name, (_, m) in baselines.items()})
     print('scoring validation and test ...', flush=True)
     tallies = {split: tally(predictors, data.dataset(split), forecaster.device, data.eval_batch_size) for split in ('val', 'test')}
-    protocol = forecaster.inputs.protocol
+    protocol = data.protocol_name
     rows = score_rows(tallies['val'], 'val', protocol)
-    thresholds = {r['model']: r['threshold_best'] for r in rows if 'fire' not in r}
+    thresholds = {r['model']: r['threshold_best'] for r in pooled(rows)}
     rows += score_rows(tallies['test'], 'test', protocol, thresholds)
-    rows = sorted(rows, key=lambda r: 'fire' in r)
+    rows = sorted(rows, key=lambda r: bool({'fire', 'year', 'day'} & set(r)))
     metadata = describe(run, thresholds)
     write_json(run.folder/'scores.json', rows)
     save_bundle(run.folder/'bundle', forecaster, run.config, metadata, baselines, rows)

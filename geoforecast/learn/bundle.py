@@ -65,7 +65,7 @@ def save_bundle(
 ) -> Path: # `folder`
     "Write a trained model as a bundle."
     model = copy.deepcopy(config['model'])
-    for member in model['init_args'].get('members', [model]): member['init_args']['ema_decay'] = 0.
+    for member in model['init_args'].get('members', [model]): _set_for_loading(member['init_args'])
     with atomic_path(folder) as new:
         new.mkdir()
         _save(new/'model.safetensors', _tensors_of(forecaster))
@@ -77,6 +77,11 @@ def save_bundle(
         write_json(new/'metadata.json', facts)
         (new/'model_card.md').write_text(model_card(facts, scores or []), encoding='utf-8')
     return Path(folder)
+
+def _set_for_loading(options):
+    options['ema_decay'] = 0. # the weights kept are the averaged ones
+    network = options['network'].get('init_args') or {}
+    if 'pretrained' in network: network['pretrained'] = False # they need no others
 
 def _tensors_of(forecaster):
     if isinstance(forecaster, Ensemble): return {f'members.{i}.{k}': v for i, m in enumerate(forecaster.members) for k, v in _tensors_of(m).items()}
