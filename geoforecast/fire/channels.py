@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_choice, nearest
-from .features import REACH, fire_density, front_distance, progression_rate, wind_toward_front
+from .features import REACH, fire_density, front_distance, progression_rate, relative_hour, wind_toward_front
 
 # %% ../../nbs/fire/01_channels.ipynb #f462de52
 class Band(NamedTuple):
@@ -77,7 +77,7 @@ _added = [_Channel(f'{b.name}_cos', 'cos', i) for i, b in enumerate(BANDS) if b.
 DENSITY_WIDTHS = (3, 7, 15, 31) # cells
 FEATURES = {'front_distance': ('detection_hour',), 'progression_rate': ('days_since_detection',),
             'wind_toward_front': ('detection_hour', 'wind_speed', 'wind_direction'),
-            **{f'fire_density_{width}': ('detection_hour',) for width in DENSITY_WIDTHS}} # and the bands that each is made of
+            **{f'fire_density_{width}': ('detection_hour',) for width in DENSITY_WIDTHS}, 'relative_hour': ('detection_hour',)} # and the bands that each is made of
 _table = {c.name: c for c in _benchmark + _added + [_Channel(name, 'feature', i) for i, name in enumerate(FEATURES)]}
 CHANNELS = tuple(_table)
 N_BENCHMARK = len(_benchmark)
@@ -100,6 +100,7 @@ GROUPS = {name: _group(words) for name, words in {
     'multi': f'{_reflectance} {_weather} slope aspect elevation land_cover detection_hour active_fire',
     'detections': 'detection_hour active_fire burned',
     'history': 'burned days_since_detection',
+    'anywhere': 'active_fire burned relative_hour',
     'reflectance': _reflectance,
     'weather': _weather,
     'forecast': _forecast,
@@ -289,6 +290,7 @@ def _derive(self: FireInputs, out, raw, names):
     make = {'front_distance': lambda: 2*torch.log1p(front_distance(hour))/np.log1p(REACH) - 1,
             'progression_rate': lambda: torch.log1p(progression_rate(band('days_since_detection'))),
             'wind_toward_front': lambda: wind_toward_front(hour, band('wind_speed'), band('wind_direction'))/5,
-            **{f'fire_density_{width}': lambda width=width: torch.log1p(width**2*fire_density(hour, width))/np.log1p(width**2) for width in DENSITY_WIDTHS}}
+            **{f'fire_density_{width}': lambda width=width: torch.log1p(width**2*fire_density(hour, width))/np.log1p(width**2) for width in DENSITY_WIDTHS},
+            'relative_hour': lambda: relative_hour(hour)}
     for i, name in enumerate(names): out[:, :, i] = make[name]()
     return out.nan_to_num_(nan=0.)
