@@ -34,7 +34,8 @@ def present_channels(
         observed = np.flatnonzero(~fire.missing)
         seen = np.concatenate([fire.read(slice(t, t + 1)) for t in observed[[0, len(observed)//2]]])
         have &= {BAND['days_since_detection'], BAND['detection_hour'], *np.flatnonzero(np.isfinite(seen).any((0, 2, 3)))}
-    return ' '.join(c for c in select_channels('all', protocol) if set(FireInputs(c, protocol).bands) <= have)
+    words = 'all' if protocol == 'wsts' else 'all relative_hour -detection_hour -days_since_detection'
+    return ' '.join(c for c in select_channels(words, protocol) if set(FireInputs(c, protocol).bands) <= have)
 
 # %% ../../nbs/fire/11_data.ipynb #621a8c57
 class FireWindows(Dataset):
