@@ -28,6 +28,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch import nn
 
 from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, nearest, project_root, quiet_libraries, require
 from .callbacks import EpochReport, LatestCheckpoint, read_metrics
@@ -285,12 +286,14 @@ class Run:
     @property
     def metrics(self) -> list[dict]: "The rows of `metrics.csv`."; return read_metrics(self.folder/'metrics.csv')
 
-    def __repr__(self): return f'Run({self.folder.name}, {type(self.forecaster.network).__name__}, {len(self.metrics)} epochs)'
+    @property
+    def networks(self) -> list[nn.Module]: "The network, or those of an ensemble's members."; return [m.network for m in getattr(self.forecaster, 'members', [self.forecaster])]
+
+    def __repr__(self): return f'Run({self.folder.name}, {type(self.networks[0]).__name__} x {len(self.networks)}, {len(self.metrics)} epochs)'.replace(' x 1,', ',')
 
     def _repr_html_(self):
-        network = type(self.forecaster.network).__name__
-        count = sum(p.numel() for p in self.forecaster.network.parameters())
-        rows = dict(folder=self.folder.name, network=f'{network}, {count:,} parameters', epochs=len(self.metrics), best=self.best_path and self.best_path.name)
+        count = sum(p.numel() for n in self.networks for p in n.parameters())
+        rows = dict(folder=self.folder.name, network=f'{type(self.networks[0]).__name__} x {len(self.networks)}, {count:,} parameters'.replace(' x 1,', ','), epochs=len(self.metrics), best=self.best_path and self.best_path.name)
         return '<table>' + ''.join(f'<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>' for k, v in rows.items()) + '</table>'
 
 # %% ../../nbs/learn/06_launch.ipynb #48738af7
