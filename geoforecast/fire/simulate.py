@@ -98,6 +98,7 @@ class SimulatedFire:
 
     def _repr_html_(self): return f'<p>{self!r}</p>'
 
+# %% ../../nbs/fire/10_simulate.ipynb #cb31d56e
 SCOPES = ('benchmark', 'world')
 
 def random_shape(
@@ -148,6 +149,29 @@ def random_behaviour(
                      float(rng.choice([0, .005, .02, .05])), random_sensor(rng))
 
 # %% ../../nbs/fire/10_simulate.ipynb #046ab696
+def _residence(hours, behaviour, rng):
+    uneven = np.exp(behaviour.unevenness*rng.standard_normal(hours.shape)) if behaviour.unevenness else 1
+    return np.clip(hours*behaviour.endurance*uneven, 0, 500)
+
+def _surroundings(land, weather, arrival, first, rng):
+    static = [(field, getattr(land, field)) for field in ('slope', 'aspect', 'elevation', 'land_cover')]
+    return chain(static, weather_bands(land, weather, rng), surface_bands(land, weather.precipitation[:-1], arrival, first, rng))
+
+def _burn(land, weather, days, behaviour, longitude, rng):
+    H, W = land.rate.shape
+    fuel = np.argwhere(land.rate[H//3:2*H//3, W//3:2*W//3] > 14*behaviour.vigour) + (H//3, W//3)
+    if not len(fuel): return np.full((H, W), np.inf), np.zeros((days, H, W), np.float32)
+    places = fuel[rng.integers(len(fuel), size=behaviour.ignitions)]
+    cells = np.concatenate([place + [(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0), (1, 1)] for place in places])
+    start = rng.uniform(14, 21) + np.r_[0, rng.uniform(0, 16*days, behaviour.ignitions - 1)]
+    arrival = spread(land, weather, cells, np.repeat(start, 6), 24*days, rng, response=days*rng.uniform(.5, 1.3), spotting=behaviour.spotting)
+    return arrival, observe(arrival, land.residence, weather.precipitation, days, rng, behaviour.sensor, longitude)
+
+def _worth_keeping(mask):
+    daily = mask.sum((1, 2))
+    return (daily > 0).mean() > .6 and daily.sum() >= 4*len(mask) and daily.mean() < min(1164, .12*mask[0].size)
+
+# %% ../../nbs/fire/10_simulate.ipynb #4c9305ae
 def simulate_fire(
     seed: int | Sequence[int], # The same seed gives the same bytes
     shape: tuple[int, int, int] | None = None, # Days, rows, columns (at least 4, 24, 24); drawn by default
@@ -177,28 +201,6 @@ def simulate_fire(
     dates = np.datetime64(f'{year}-01-01') + np.arange(season - 1, season - 1 + T)
     name = name or f"{regime}_{'_'.join(map(str, np.ravel(seed)))}"
     return SimulatedFire(data, dates, grid, name, year, regime, land, weather, arrival)
-
-def _residence(hours, behaviour, rng):
-    uneven = np.exp(behaviour.unevenness*rng.standard_normal(hours.shape)) if behaviour.unevenness else 1
-    return np.clip(hours*behaviour.endurance*uneven, 0, 500)
-
-def _surroundings(land, weather, arrival, first, rng):
-    static = [(field, getattr(land, field)) for field in ('slope', 'aspect', 'elevation', 'land_cover')]
-    return chain(static, weather_bands(land, weather, rng), surface_bands(land, weather.precipitation[:-1], arrival, first, rng))
-
-def _burn(land, weather, days, behaviour, longitude, rng):
-    H, W = land.rate.shape
-    fuel = np.argwhere(land.rate[H//3:2*H//3, W//3:2*W//3] > 14*behaviour.vigour) + (H//3, W//3)
-    if not len(fuel): return np.full((H, W), np.inf), np.zeros((days, H, W), np.float32)
-    places = fuel[rng.integers(len(fuel), size=behaviour.ignitions)]
-    cells = np.concatenate([place + [(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0), (1, 1)] for place in places])
-    start = rng.uniform(14, 21) + np.r_[0, rng.uniform(0, 16*days, behaviour.ignitions - 1)]
-    arrival = spread(land, weather, cells, np.repeat(start, 6), 24*days, rng, response=days*rng.uniform(.5, 1.3), spotting=behaviour.spotting)
-    return arrival, observe(arrival, land.residence, weather.precipitation, days, rng, behaviour.sensor, longitude)
-
-def _worth_keeping(mask):
-    daily = mask.sum((1, 2))
-    return (daily > 0).mean() > .6 and daily.sum() >= 4*len(mask) and daily.mean() < min(1164, .12*mask[0].size)
 
 # %% ../../nbs/fire/10_simulate.ipynb #3586fa10
 def simulate_fires(

@@ -201,6 +201,32 @@ def spread_factors(
     return ((1 + total)*(1 - e))[:, None]/(1 - e[:, None]*cosine)
 
 # %% ../../nbs/fire/09_spread.ipynb #ac91173e
+def _inner(rate): return np.pad(rate[1:-1, 1:-1], 1) # the rim does not burn, so every burning cell has eight neighbours
+
+def _pace(flat, cells, weather, hour, rng):
+    day, cycle = int(hour//24), diurnal(hour)
+    gust, turn = rng.standard_normal(2) if rng else (0., 0.)
+    low, high = weather.temperature_min[day], weather.temperature_max[day]
+    humidity = relative_humidity((low + high)/2 + cycle*(high - low)/2 + flat['warmth'][cells], weather.specific_humidity[day])
+    dry = dry_factor(humidity, weather.energy_release_component[day], weather.precipitation[day])*(.55 + .45*cycle)
+    wind = weather.wind_speed[day]*(1 + .4*cycle)*np.exp(.15*gust)*flat['exposure'][cells]
+    toward = weather.wind_direction[day] + 180 + flat['deflection'][cells] + 8*turn
+    return dry[:, None]*spread_factors(wind, toward, flat['slope'][cells], flat['aspect'][cells])
+
+# %% ../../nbs/fire/09_spread.ipynb #18e4cfcb
+def _with_fuel(rate, cells, when): return cells[rate[cells] > 0], when[rate[cells] > 0].astype(float)
+
+def _embers(rate, shape, cells, weather, hour, probability, rng):
+    "Cells where embers land, and when they burn."
+    thrown = cells[rng.random(cells.size) < probability]
+    toward = np.radians(weather.wind_direction[int(hour//24)] + 180 + 30*rng.standard_normal(thrown.size))
+    far = 1 + rng.exponential(.6*weather.wind_speed[int(hour//24)], thrown.size)
+    row, column = np.unravel_index(thrown, shape) + np.rint([-far*np.cos(toward), far*np.sin(toward)]).astype(int)
+    inside = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+    landed = row[inside]*shape[1] + column[inside]
+    return _with_fuel(rate, landed, np.full(landed.size, hour + .5))
+
+# %% ../../nbs/fire/09_spread.ipynb #ddbd8801
 def spread(
     land: Landscape, # Where
     weather: Weather, # When
@@ -236,30 +262,6 @@ def spread(
         if spotting: coming, when = map(np.append, (coming, when), _embers(rate, land.rate.shape, np.unique(new), weather, t + step, spotting, rng))
     return arrival.reshape(land.rate.shape)
 
-def _with_fuel(rate, cells, when): return cells[rate[cells] > 0], when[rate[cells] > 0].astype(float)
-
-def _embers(rate, shape, cells, weather, hour, probability, rng):
-    "Cells where embers land, and when they burn."
-    thrown = cells[rng.random(cells.size) < probability]
-    toward = np.radians(weather.wind_direction[int(hour//24)] + 180 + 30*rng.standard_normal(thrown.size))
-    far = 1 + rng.exponential(.6*weather.wind_speed[int(hour//24)], thrown.size)
-    row, column = np.unravel_index(thrown, shape) + np.rint([-far*np.cos(toward), far*np.sin(toward)]).astype(int)
-    inside = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
-    landed = row[inside]*shape[1] + column[inside]
-    return _with_fuel(rate, landed, np.full(landed.size, hour + .5))
-
-def _inner(rate): return np.pad(rate[1:-1, 1:-1], 1) # the rim does not burn, so every burning cell has eight neighbours
-
-def _pace(flat, cells, weather, hour, rng):
-    day, cycle = int(hour//24), diurnal(hour)
-    gust, turn = rng.standard_normal(2) if rng else (0., 0.)
-    low, high = weather.temperature_min[day], weather.temperature_max[day]
-    humidity = relative_humidity((low + high)/2 + cycle*(high - low)/2 + flat['warmth'][cells], weather.specific_humidity[day])
-    dry = dry_factor(humidity, weather.energy_release_component[day], weather.precipitation[day])*(.55 + .45*cycle)
-    wind = weather.wind_speed[day]*(1 + .4*cycle)*np.exp(.15*gust)*flat['exposure'][cells]
-    toward = weather.wind_direction[day] + 180 + flat['deflection'][cells] + 8*turn
-    return dry[:, None]*spread_factors(wind, toward, flat['slope'][cells], flat['aspect'][cells])
-
 # %% ../../nbs/fire/09_spread.ipynb #bce36ffa
 @dataclass(frozen=True)
 class Sensor:
@@ -288,30 +290,6 @@ def random_sensor(
                   some(.5, rng.uniform(0, .6)), some(.33, rng.exponential(25)), int(some(.4, rng.integers(1, 4))))
 
 # %% ../../nbs/fire/09_spread.ipynb #6d25970a
-def observe(
-    arrival: np.ndarray, # (H, W) hour at which each cell ignites, infinite where it never does
-    residence: np.ndarray, # (H, W) hours that it burns
-    precipitation: np.ndarray, # (at least `days`,), mm
-    days: int, # Days to observe
-    rng: np.random.Generator, # Source of randomness
-    sensor: Sensor = Sensor(), # One satellite by default
-    longitude: float = -115., # Degrees east, which turn solar hours into UTC
-) -> np.ndarray: # (days, H, W) float32, UTC hour of the day's last detection, 0 without one
-    "Look at a fire through gaps, clouds and smoke, pass by pass."
-    hours, (rows, columns) = np.zeros((days, *arrival.shape), np.float32), np.nonzero(np.isfinite(arrival))
-    since, until = arrival[rows, columns], (arrival + residence)[rows, columns]
-    hot, smoke = rng.integers(0, arrival.shape, (sensor.hot_pixels, 2)), _smoke(arrival.shape, sensor, rng)
-    for utc, hour, p in _passes(days, sensor, longitude, precipitation, rng):
-        seen = (since < hour) & (hour < until) & (rng.random(rows.size) < p)
-        seen &= ~np.roll(smoke, rng.integers(0, arrival.shape), (0, 1))[rows, columns]
-        cells = _footprints(np.stack([rows[seen], columns[seen]]), sensor, rng)
-        wrong = rng.integers(0, arrival.shape, (rng.poisson(sensor.false_alarms*1e-6*arrival.size), 2))
-        row, column = np.concatenate([cells, wrong.T, hot[rng.random(len(hot)) < .5].T], 1)
-        inside = (row >= 0) & (row < arrival.shape[0]) & (column >= 0) & (column < arrival.shape[1])
-        row, column = row[inside], column[inside]
-        hours[int(utc//24), row, column] = np.maximum(hours[int(utc//24), row, column], max(utc % 24, .01))
-    return hours
-
 def _passes(days, sensor, longitude, precipitation, rng):
     "Hour in UTC, hour on the fire's clock and chance of detection for each pass that sees the ground."
     gloom = persistent(rng, days + 2, .6)
@@ -335,3 +313,28 @@ def _footprints(cells, sensor, rng):
     along = 1 + sensor.stretch*rng.random()**2
     pitch, offset = np.array([[1 + (along - 1)/2], [along]]), rng.random((2, 1)) # wider across the track than along it
     return np.rint((np.rint(cells/pitch + offset) - offset)*pitch).astype(int)
+
+# %% ../../nbs/fire/09_spread.ipynb #27a90a72
+def observe(
+    arrival: np.ndarray, # (H, W) hour at which each cell ignites, infinite where it never does
+    residence: np.ndarray, # (H, W) hours that it burns
+    precipitation: np.ndarray, # (at least `days`,), mm
+    days: int, # Days to observe
+    rng: np.random.Generator, # Source of randomness
+    sensor: Sensor = Sensor(), # One satellite by default
+    longitude: float = -115., # Degrees east, which turn solar hours into UTC
+) -> np.ndarray: # (days, H, W) float32, UTC hour of the day's last detection, 0 without one
+    "Look at a fire through gaps, clouds and smoke, pass by pass."
+    hours, (rows, columns) = np.zeros((days, *arrival.shape), np.float32), np.nonzero(np.isfinite(arrival))
+    since, until = arrival[rows, columns], (arrival + residence)[rows, columns]
+    hot, smoke = rng.integers(0, arrival.shape, (sensor.hot_pixels, 2)), _smoke(arrival.shape, sensor, rng)
+    for utc, hour, p in _passes(days, sensor, longitude, precipitation, rng):
+        seen = (since < hour) & (hour < until) & (rng.random(rows.size) < p)
+        seen &= ~np.roll(smoke, rng.integers(0, arrival.shape), (0, 1))[rows, columns]
+        cells = _footprints(np.stack([rows[seen], columns[seen]]), sensor, rng)
+        wrong = rng.integers(0, arrival.shape, (rng.poisson(sensor.false_alarms*1e-6*arrival.size), 2))
+        row, column = np.concatenate([cells, wrong.T, hot[rng.random(len(hot)) < .5].T], 1)
+        inside = (row >= 0) & (row < arrival.shape[0]) & (column >= 0) & (column < arrival.shape[1])
+        row, column = row[inside], column[inside]
+        hours[int(utc//24), row, column] = np.maximum(hours[int(utc//24), row, column], max(utc % 24, .01))
+    return hours
