@@ -214,15 +214,16 @@ def _pace(flat, cells, weather, hour, rng):
     return dry[:, None]*spread_factors(wind, toward, flat['slope'][cells], flat['aspect'][cells])
 
 # %% ../../nbs/fire/09_spread.ipynb #18e4cfcb
+def _inside(row, column, shape): return (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+
 def _with_fuel(rate, cells, when): return cells[rate[cells] > 0], when[rate[cells] > 0].astype(float)
 
 def _embers(rate, shape, cells, weather, hour, probability, rng):
-    "Cells where embers land, and when they burn."
     thrown = cells[rng.random(cells.size) < probability]
     toward = np.radians(weather.wind_direction[int(hour//24)] + 180 + 30*rng.standard_normal(thrown.size))
     far = 1 + rng.exponential(.6*weather.wind_speed[int(hour//24)], thrown.size)
     row, column = np.unravel_index(thrown, shape) + np.rint([-far*np.cos(toward), far*np.sin(toward)]).astype(int)
-    inside = (row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1])
+    inside = _inside(row, column, shape)
     landed = row[inside]*shape[1] + column[inside]
     return _with_fuel(rate, landed, np.full(landed.size, hour + .5))
 
@@ -291,18 +292,15 @@ def random_sensor(
 
 # %% ../../nbs/fire/09_spread.ipynb #6d25970a
 def _passes(days, sensor, longitude, precipitation, rng):
-    "Hour in UTC, hour on the fire's clock and chance of detection for each pass that sees the ground."
-    gloom = persistent(rng, days + 2, .6)
-    hidden = (gloom <= np.quantile(gloom, sensor.overcast)) & (sensor.overcast > 0)
+    hidden = (gloom := persistent(rng, days + 2, .6)) < np.quantile(gloom, sensor.overcast)
     for day in range(-1, days + 1):
         for solar, p in sensor.passes:
             local = 24*day + solar + rng.uniform(-1, 1)*sensor.drift
             utc, hour = local - longitude/15, local + 115/15
-            wet = precipitation[np.clip(int(hour//24), 0, days - 1)] >= 2
-            if 0 <= utc < 24*days and not hidden[day + 1] and rng.random() >= sensor.clouded + .4*wet: yield utc, hour, p
+            clouded = sensor.clouded + .4*(precipitation[np.clip(int(hour//24), 0, days - 1)] >= 2)
+            if 0 <= utc < 24*days and not hidden[day + 1] and rng.random() >= clouded: yield utc, hour, p
 
 def _smoke(shape, sensor, rng):
-    if not sensor.smoke: return np.zeros(shape, bool)
     field = smooth_field(rng, *shape, 40, 2.)
     return field > np.quantile(field, 1 - sensor.smoke)
 
@@ -334,7 +332,6 @@ def observe(
         cells = _footprints(np.stack([rows[seen], columns[seen]]), sensor, rng)
         wrong = rng.integers(0, arrival.shape, (rng.poisson(sensor.false_alarms*1e-6*arrival.size), 2))
         row, column = np.concatenate([cells, wrong.T, hot[rng.random(len(hot)) < .5].T], 1)
-        inside = (row >= 0) & (row < arrival.shape[0]) & (column >= 0) & (column < arrival.shape[1])
-        row, column = row[inside], column[inside]
+        row, column = np.stack([row, column])[:, _inside(row, column, arrival.shape)]
         hours[int(utc//24), row, column] = np.maximum(hours[int(utc//24), row, column], max(utc % 24, .01))
     return hours
