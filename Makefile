@@ -39,6 +39,6 @@ lock:
 	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock
 	.venv/lock/bin/python -m pip install -q torch==2.13.0
 	.venv/lock/bin/python -m pip freeze | grep '^torch==' > .venv/lock/torch.txt
-	.venv/lock/bin/python -m pip install -q -c .venv/lock/torch.txt '.[$(EXTRAS),grib]'
+	.venv/lock/bin/python -m pip install -q -c .venv/lock/torch.txt '.[$(EXTRAS),grib,wandb]'
 	{ grep '^#' requirements.lock; .venv/lock/bin/python -m pip freeze | grep -v '^geoforecast' | sed 's/+cpu$$//'; } > .venv/lock/requirements.lock
 	mv .venv/lock/requirements.lock requirements.lock && rm -rf .venv/lock

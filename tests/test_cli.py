@@ -351,11 +351,12 @@ def test_detections_of_several_files(here, capsys):
 
 
 def test_convert(here, fires, capsys):
-    from geoforecast.fire.wsts import find_fires, open_fire, write_tiffs
+    from geoforecast.fire.convert import write_tiffs
+    from geoforecast.fire.wsts import find_fires, open_fire
     fire = open_fire(find_fires(fires)[0])
     write_tiffs(fire, here/"tiffs"/"2020"/"one")
     assert main(["data", "fire", "convert", "tiffs", "--out", "made"]) == 0
-    assert "made/2020/one.hdf5: " in capsys.readouterr().out
+    assert "1/1 2020/one: " in capsys.readouterr().out
     assert (open_fire("made/2020/one.hdf5").mask() == fire.mask()).all()
 
 
