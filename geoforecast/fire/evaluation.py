@@ -287,36 +287,40 @@ def describe(
                      last=str(max(data.fires[x.fire].dates[x.day + 1] for x in w))) for p, w in data.windows.items()}
     network = label(run.forecaster)
     return dict(task='fire', run=run.folder.name, protocol=data.protocol_name, window_size=data.window_size, threshold=thresholds[network], thresholds=thresholds,
-                data=parts, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
+                data=parts, trained_on_val=data.train_on_val, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
 
 # %% ../../nbs/fire/20_evaluation.ipynb #a3fbf785
 def report(
     run: Run, # Trained
     maps: int = 4, # Maps to draw for the test
     logistic_steps: int = 300, # See `fit_logistic`
+    chosen: Run | None = None, # For a run that trained on the validation data too: the same run without them, which is scored there
 ) -> list[dict]: # Rows of scores.json
     "Score a run beside its baselines and write its results; returns the rows."
     data, forecaster = run.datamodule, run.forecaster
-    data.setup('test')
-    print('fitting the baselines ...', flush=True)
-    baselines = fit_baselines(run, logistic_steps)
-    predictors = predictors_of(forecaster, {name: m for name, (_, m) in baselines.items()})
-    print('scoring validation and test ...', flush=True)
-    tallies = {split: tally(predictors, data.dataset(split), forecaster.device, data.eval_batch_size) for split in ('val', 'test')}
-    protocol = data.protocol_name
-    rows = score_rows(tallies['val'], 'val', protocol)
+    print('fitting the baselines, scoring the validation ...', flush=True)
+    baselines, counts = _tallied(chosen or run, 'val', logistic_steps)
+    print('scoring the test ...', flush=True)
+    baselines, tested = _tallied(run, 'test', logistic_steps, None if chosen else baselines)
+    rows = score_rows(counts, 'val', data.protocol_name)
     thresholds = {r['model']: r['threshold_best'] for r in pooled(rows)}
-    rows += score_rows(tallies['test'], 'test', protocol, thresholds)
+    rows += score_rows(tested, 'test', data.protocol_name, thresholds)
     rows = sorted(rows, key=lambda r: bool({'fire', 'year', 'day'} & set(r)))
     metadata = describe(run, thresholds)
     write_json(run.folder/'scores.json', rows)
     save_bundle(run.folder/'bundle', forecaster, run.config, metadata, baselines, rows)
     write_json(run.folder/'metadata.json', json.loads((run.folder/'bundle'/'metadata.json').read_text()))
     (run.folder/'model_card.md').write_bytes((run.folder/'bundle'/'model_card.md').read_bytes())
-    save_figure(run.folder/'figures'/'scores.png', draw_run(run, rows, tallies['test']))
+    save_figure(run.folder/'figures'/'scores.png', draw_run(chosen or run, rows, tested))
     print('writing forecasts ...', flush=True)
     write_predictions(run, maps)
     return rows
+
+def _tallied(run, split, logistic_steps, baselines=None):
+    run.datamodule.setup('test')
+    baselines = baselines or fit_baselines(run, logistic_steps)
+    predictors = predictors_of(run.forecaster, {name: m for name, (_, m) in baselines.items()})
+    return baselines, tally(predictors, run.datamodule.dataset(split), run.forecaster.device, run.datamodule.eval_batch_size)
 
 # %% ../../nbs/fire/20_evaluation.ipynb #557a6025
 def score_bundle(

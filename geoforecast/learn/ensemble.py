@@ -66,6 +66,7 @@ def launch_ensemble(
     name: str = 'run', # The run's name, and that of its folder
     output_dir: str | Path | None = None, # The folder itself, where it shall lie elsewhere
     seed_everything: int = 0, # The first member's seed; the others count on from it
+    last: bool = False, # Take the last weights instead of those with the best validation score, as where the validation data train too
     **overrides, # As `launch` takes them
 ) -> Run: # Trained; its forecaster is the ensemble, or the network itself where there is one member and one view
     "Train members one after the other and join them; raise `ConfigError` as `launch` does."
@@ -75,6 +76,7 @@ def launch_ensemble(
     for i in range(members):
         own = folder/f'member_{i}' if members > 1 else folder
         runs.append(launch(composed, name=own.name, output_dir=str(own), seed_everything=seed_everything + i).fit())
+        if last: runs[-1].load(own/'checkpoints'/'latest.ckpt')
     return join(runs, folder, views) if members > 1 or views > 1 else runs[0]
 
 def join(
