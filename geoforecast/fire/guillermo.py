@@ -24,7 +24,7 @@ class NormedCell(ConvLSTMCell):
     def __init__(self,
         input_dim: int, # Channels of the input
         hidden_dim: int, # Channels of each state
-        norm: str = 'channel', # A name in `NORMS`
+        norm: str = 'batch', # A name in `NORMS`
     ):
         super().__init__(input_dim, hidden_dim)
         self.norm = NORMS[check_choice('norm', norm, NORMS)](hidden_dim)
@@ -40,7 +40,7 @@ class NormedCell(ConvLSTMCell):
 def normed_lstm(
     input_dim: int, # Channels a day
     hidden_dim: int, # Channels of each state
-    norm: str = 'channel', # A name in `NORMS`
+    norm: str = 'batch', # A name in `NORMS`
     bidirectional: bool = False, # Also walk from the last day to the first
     checkpointing: bool = False, # Recompute gates in the backward pass instead of keeping them
 ) -> ConvLSTM: # Of one layer
@@ -81,7 +81,7 @@ class EnhancedLayer(nn.Module):
         bidirectional: bool = False, # Also walk from the last day to the first
         dropout_rate: float = 0., # Share of channels dropped in each day's output
         stochastic_depth_rate: float = 0., # Chance of skipping the layer; needs `residual`
-        norm: str = 'channel', # A name in `NORMS`
+        norm: str = 'batch', # A name in `NORMS`
         checkpointing: bool = False, # See `ConvLSTM`
     ):
         super().__init__()
@@ -148,7 +148,7 @@ class ConvLSTMGuillermoV1(nn.Module):
         residual: bool = True, # Add to each layer what went into it
         deep_supervision: bool = True, # Also return auxiliary logits of the layer before the last
         dropout_rate: float = 0.1, # Share of channels dropped in the refinement
-        norm: str = 'channel', # Normalisation, 'channel' or 'batch'
+        norm: str = 'batch', # Normalisation, 'batch' or 'channel'
         checkpointing: bool = False, # Less memory in training for one more forward pass
         fire_rate: float | None = None, # Share of burning pixels to start from
     ):
@@ -186,7 +186,7 @@ class ConvLSTMGuillermoV2(nn.Module):
         deep_supervision: bool = True, # Also return auxiliary logits of each layer but the last
         dropout_rate: float = 0.2, # Share of channels dropped in the refinement; in the layers less, growing with depth
         stochastic_depth_rate: float = 0.1, # Chance of skipping a layer in training, each sample by itself; needs `residual`
-        norm: str = 'channel', # Normalisation, 'channel' or 'batch'
+        norm: str = 'batch', # Normalisation, 'batch' or 'channel'
         checkpointing: bool = False, # Less memory in training for one more forward pass
         fire_rate: float | None = None, # Share of burning pixels to start from
     ):
