@@ -121,7 +121,7 @@ def test_dates_are_read_as_text_from_options_and_files(data, tmp_path):
 def test_presets_lie_over_the_configuration_and_options_over_presets(start):
     run = start("fire/unet", "fire/test_short", "fire/monotemporal", hidden_dims=[2, 4], batch_size=2)
     assert (run.trainer.max_epochs, run.trainer.limit_train_batches, run.trainer.gradient_clip_val) == (5, .2, 1)
-    assert (run.datamodule.window_size, run.forecaster.window_size, run.datamodule.batch_size, run.datamodule.crop_size) == (1, 1, 2, 96)
+    assert (run.datamodule.window_size, run.forecaster.window_size, run.datamodule.batch_size, run.datamodule.crop_size) == (1, 1, 2, 64)
     run = start("fire/unet", "fire/test_short", "fire/monotemporal", hidden_dims=[2, 4], max_epochs=3, window_size=2)
     assert (run.trainer.max_epochs, run.datamodule.window_size, run.forecaster.network.window_size) == (3, 2, 2)
 
