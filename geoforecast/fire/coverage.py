@@ -150,6 +150,7 @@ def erase_half(
 class Coverage:
     "Show a training sample as another mix of satellites, clouds and places would have; raise `ConfigError` for what is not a probability."
     def __init__(self,
+        share: float = 1/3, # Probability that a sample is changed at all; the others below hold for those that are
         thinned: float = .3, # Probability that a share of the detections is kept, as by a duller sensor
         least_kept: float = .3, # That share is drawn between this and 1
         pass_dropped: float = .2, # Probability that the day's earlier or later passes are dropped
