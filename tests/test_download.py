@@ -152,12 +152,13 @@ def test_gives_up_and_goes_on(server, source, tmp_path):
     same(tmp_path/'out', source)
 
 
-@pytest.mark.parametrize('status, headers, wait', [(429, {'Retry-After': '7'}, 7), (503, {}, 1), (500, {'Retry-After': '0'}, 0), (429, {'X-RateLimit-Reset': str(int(time.time()) + 100_000)}, 100_000)])
+@pytest.mark.parametrize('status, headers, wait', [(429, {'Retry-After': '7'}, 7), (503, {}, 1), (500, {'Retry-After': '0'}, 0), (429, {'X-RateLimit-Reset': 'in'}, 100_000)])
 def test_refusals_that_pass(server, source, tmp_path, status, headers, wait):
+    if 'X-RateLimit-Reset' in headers: headers = {'X-RateLimit-Reset': str(int(time.time()) + wait)}
     server.faults = [(status, headers)]*2
     download_wsts(tmp_path/'out', years=[2020], url=server.url, report=quiet)
     same(tmp_path/'out', source, '2020')
-    assert abs(server.waited[0] - wait) <= 200 and len(server.waited) == 2
+    assert abs(server.waited[0] - wait) <= 60 and len(server.waited) == 2
 
 
 @pytest.mark.parametrize('status', [401, 403, 404, 410])
