@@ -10,7 +10,9 @@ __all__ = ['ANGLES', 'Window', 'windows_of', 'target_date', 'split_windows', 'su
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from ..nn import views
 from ..core import ConfigError, DataError, nearest
 from .channels import BAND, BANDS
 from .wsts import Fire
@@ -118,12 +120,7 @@ def turn(
     mirror: bool = False, # Left to right, after the turn
 ) -> np.ndarray:
     "Turn and mirror fields together with the directions in them."
-    raw = np.rot90(raw, quarter_turns, (-2, -1)).copy()
-    raw[:, ANGLES] -= 90*quarter_turns
-    if mirror:
-        raw = raw[..., ::-1].copy()
-        raw[:, ANGLES] *= -1
-    return raw
+    return views.turn(torch.from_numpy(np.ascontiguousarray(raw)), quarter_turns, mirror, ANGLES).numpy()
 
 # %% ../../nbs/fire/11_windows.ipynb #202327a8
 class FieldBatches:
