@@ -61,7 +61,7 @@ class StepSampler(Sampler):
         return self._order
 
 # %% ../../nbs/learn/05_forecaster.ipynb #04d126aa
-Schedule = Literal['constant', 'cosine', 'cosine_restarts', 'poly']
+Schedule = Literal['constant', 'cosine', 'cosine_restarts', 'poly', 'plateau']
 
 def learning_rate_factor(
     step: int, # Optimiser steps done
@@ -74,7 +74,7 @@ def learning_rate_factor(
     "Return the learning rate at `step` as a share of its peak; the restarts are those of SGDR (Loshchilov and Hutter, 2017)."
     if step < warmup_steps: return (step + 1)/(warmup_steps + 1)
     done, length = step - warmup_steps, max(total - warmup_steps, 1)
-    if schedule == 'constant': return 1.
+    if schedule in ('constant', 'plateau'): return 1.
     if schedule == 'poly': return max(1 - done/length, 0)**0.9
     if schedule == 'cosine_restarts':
         cycle = int(math.log2(done/first_cycle + 1))
@@ -109,7 +109,7 @@ class Forecaster(L.LightningModule):
         self.restart_epochs, self.minimum_learning_rate = restart_epochs, minimum_learning_rate
         self.deep_supervision_weight, self.logged, self.logged_train = deep_supervision_weight, logged, logged_train
         self.train_metrics, self.val_metrics, self.test_metrics = (metrics.clone() for _ in range(3))
-        self.run_seed, self.epochs_done = torch.initial_seed(), 0
+        self.run_seed, self.epochs_done, self.plateau = torch.initial_seed(), 0, None
 
 @patch(as_prop=True)
 def predictor(self: Forecaster) -> nn.Module:
@@ -129,8 +129,20 @@ def forward(self: Forecaster,
     time: Tensor | None = None, # (B, T) int64, seconds since 1970, for networks that use it
 ) -> Tensor: # (B, 1, H, W)
     "Predict from raw inputs."
-    output = self._called(self.predictor, raw, time)
-    return output[0] if isinstance(output, tuple) else output
+    return self.prediction(self._main(self.predictor, raw, time)[0])
+
+@patch
+def prediction(self: Forecaster,
+    output: Tensor, # What the network gives
+) -> Tensor: # (B, 1, H, W)
+    "Turn an output into the forecast; the same thing unless a task says otherwise."
+    return output
+
+@patch
+def _main(self: Forecaster, network, raw, time):
+    "Return the output and the list of auxiliary ones."
+    output = self._called(network, raw, time)
+    return output if isinstance(output, tuple) else (output, [])
 
 @patch
 def _called(self: Forecaster, network, raw, time):
@@ -140,9 +152,9 @@ def _called(self: Forecaster, network, raw, time):
 
 @patch
 def _score(self: Forecaster, batch, stage, metrics):
-    output = self(batch.inputs, batch.time)
+    output, _ = self._main(self.predictor, batch.inputs, batch.time)
     self.log(f'{stage}/loss', self.loss(output, batch.target, batch.valid), on_epoch=True, batch_size=len(batch.target), sync_dist=True)
-    metrics.update(output, batch.target, batch.valid)
+    metrics.update(self.prediction(output), batch.target, batch.valid)
 
 @patch
 def validation_step(self: Forecaster, batch: Batch, batch_idx: int):
@@ -163,15 +175,14 @@ def predict_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
 @patch
 def training_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
     "Return the loss of a batch; raise `GeoforecastError` where it is not a finite number."
-    output = self._called(self.network, batch.inputs, batch.time)
-    output, auxiliary = output if isinstance(output, tuple) else (output, [])
+    output, auxiliary = self._main(self.network, batch.inputs, batch.time)
     main = self.loss(output, batch.target, batch.valid)
     deep = sum((self.loss(a, batch.target, batch.valid) for a in auxiliary), torch.zeros_like(main))/max(len(auxiliary), 1)
     total = main + self.deep_supervision_weight*deep
     if not torch.isfinite(total): self._refuse(batch)
     losses = {'train/main_loss': main, 'train/total_loss': total} | ({'train/deep_sup_loss': deep} if auxiliary else {})
     self.log_dict(losses, on_step=False, on_epoch=True, batch_size=len(batch.target), sync_dist=True)
-    self.train_metrics.update(output.detach(), batch.target, batch.valid)
+    self.train_metrics.update(self.prediction(output.detach()), batch.target, batch.valid)
     return total
 
 @patch
@@ -183,8 +194,14 @@ def _refuse(self: Forecaster, batch):
 # %% ../../nbs/learn/05_forecaster.ipynb #cdd296bc
 @patch
 def on_load_checkpoint(self: Forecaster, checkpoint):
-    "Take over how many epochs a checkpoint has behind it."
+    "Take over how many epochs a checkpoint has behind it, and what the plateau has seen."
     self.epochs_done = checkpoint['loops']['fit_loop']['epoch_progress']['current']['processed']
+    self.plateau = checkpoint.get('plateau')
+
+@patch
+def on_save_checkpoint(self: Forecaster, checkpoint):
+    "Keep what the plateau has seen."
+    if self.schedule == 'plateau': checkpoint['plateau'] = self.plateau.state_dict()
 
 @patch
 def on_fit_start(self: Forecaster):
@@ -217,6 +234,10 @@ def on_train_batch_end(self: Forecaster, outputs, batch, batch_idx):
 def configure_optimizers(self: Forecaster):
     "Return AdamW and its schedule, stepped with the optimiser."
     optimizer = torch.optim.AdamW(self.network.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+    if self.schedule == 'plateau':
+        seen, self.plateau = self.plateau, torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=.5, patience=5, eps=0)
+        if seen: self.plateau.load_state_dict(seen)
+        return optimizer
     total = int(min(self.trainer.estimated_stepping_batches, 2**31))
     warmup = min(self.warmup_steps, total//10)
     self.trainer.fit_loop.setup_data() # which alone knows the length of an epoch
@@ -234,9 +255,10 @@ def _log(self: Forecaster, metrics, stage, names):
 
 @patch
 def on_train_epoch_end(self: Forecaster):
-    "Log the training metrics and the learning rate."
+    "Log the training metrics and the learning rate, which a plateau may lower for the next epoch."
     self._log(self.train_metrics, 'train', self.logged_train)
     self.log('lr', self.optimizers().param_groups[0]['lr'])
+    if self.schedule == 'plateau': self.plateau.step(self.trainer.callback_metrics['val/loss'])
 
 @patch
 def on_validation_epoch_end(self: Forecaster):
