@@ -48,8 +48,8 @@ def _checked(mm, target, valid):
     return mm.double(), target.double().where(keep, 0.), keep
 
 def _fractions(forecast, observed, n):
-    if n > min(forecast.shape[-2:]): return forecast.new_zeros(len(forecast), 2 * len(THRESHOLDS))
-    p, t = (avg_pool2d(x, n, stride=1) for x in (forecast, observed))
+    if n > min(forecast.shape[-2:]): return torch.zeros(len(forecast), 2 * len(THRESHOLDS)).to(forecast.device, torch.float64)
+    p, t = (avg_pool2d(x.float(), n, stride=1).double() for x in (forecast, observed))
     return torch.cat([((p - t)**2).sum((2, 3)), (p**2 + t**2).sum((2, 3))], 1)
 
 def rain_states(
@@ -64,7 +64,7 @@ def rain_states(
     at = p.new_tensor(THRESHOLDS).view(-1, 1, 1)
     yes, wet = ((x.float() >= at.float()) & keep for x in (p, t))
     table = [x.sum((2, 3)) for x in (yes & wet, yes & ~wet, ~yes & wet)]
-    return torch.cat([moments, *table, *(_fractions(yes.double(), wet.double(), n) for n in SCALES)], 1)
+    return torch.cat([moments, *table, *(_fractions(yes, wet, n) for n in SCALES)], 1)
 
 # %% ../../nbs/precipitation/12_scores.ipynb #8225a1b1
 def _key(threshold): return f'{threshold:g}'
