@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import ConfigError, check_choice
-from .models import NORMS, double_conv, flat_dim, flatten_time, start_at_rate
+from .models import start_at_rate
 from ..nn.encoders import Encoder
 from ..nn.tiling import pad_to_multiple
+from ..nn.unet import NORMS, double_conv, flat_dim, flatten_time
 
 # %% ../../nbs/fire/16_benchmark.ipynb #a9915f3b
 class ResNetUNet(nn.Module):

@@ -13,10 +13,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 from ..core import ConfigError, check_choice
-from .models import NORMS, start_at_rate
+from .models import start_at_rate
 from ..nn.attention import ChannelAttention, SpatialAttention, TemporalAttention
 from ..nn.convlstm import ConvLSTM, ConvLSTMCell
 from ..nn.pyramid import PyramidPooling
+from ..nn.unet import NORMS
 
 # %% ../../nbs/fire/17_guillermo.ipynb #c30b6b95
 class NormedCell(ConvLSTMCell):
