@@ -203,11 +203,11 @@ def fit_ridge(
 
 # %% ../../nbs/precipitation/11_baselines.ipynb #84724d8c
 def _times_of(datamodule):
-    step = pd.Timedelta(datamodule.atmosphere.attrs['step']).total_seconds()
+    step = datamodule.step / np.timedelta64(1, 's')
     return datamodule.target_offset * step, max(1, round(86400 / step))
 
 def fit_baselines(
-    datamodule: L.LightningDataModule, # Set up; with `fields`, `statistics`, `target_offset` and `atmosphere`
+    datamodule: L.LightningDataModule, # Set up; with `fields`, `statistics`, `target_offset` and `step`
 ) -> dict[str, tuple[dict, nn.Module]]: # Name to options and module, as `save_bundle` takes them
     "Fit zero, persistence (nothing to fit), climatology and ridge regression in mm and in log(1 + mm)."
     train, val = datamodule.fields('train'), datamodule.fields('val')
