@@ -85,7 +85,7 @@ def _set_for_loading(options):
 
 def _tensors_of(forecaster):
     if isinstance(forecaster, Ensemble): return {f'members.{i}.{k}': v for i, m in enumerate(forecaster.members) for k, v in _tensors_of(m).items()}
-    return {f'{part}.{k}': v for part, module in (('network', forecaster.predictor), ('inputs', forecaster.inputs)) for k, v in module.state_dict().items()}
+    return {f'{part}.{k}': v for part, module in forecaster.parts.items() for k, v in module.state_dict().items()}
 
 def _save(path, tensors): save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
 

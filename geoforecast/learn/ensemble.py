@@ -17,8 +17,10 @@ from .launch import Run, compose, launch, run_folder
 from ..nn.views import turn, turn_back
 
 # %% ../../nbs/learn/07_ensemble.ipynb #6fddf2c2
+def _needs(forecaster): return forecaster.inputs.channels, getattr(forecaster.inputs, 'protocol', None), forecaster.window_size
+
 class Ensemble(nn.Module):
-    "Average the probabilities of forecasters over turned views; raise `ConfigError` where they need different inputs."
+    "Average what forecasters forecast, over turned views too; raise `ConfigError` where they need different inputs."
     def __init__(self,
         members: list[Forecaster], # Trained alike, such as with different seeds
         views: int = 1, # 1 to 8: as it is, turned thrice, and these four mirrored
@@ -28,7 +30,7 @@ class Ensemble(nn.Module):
         if not 1 <= views <= 8: raise ConfigError(f'views {views} must lie between 1 (none but the field itself) and 8 (all turns and mirrors)')
         first = members[0]
         for m in members[1:]:
-            if (m.inputs.channels, m.inputs.protocol, m.window_size) != (first.inputs.channels, first.inputs.protocol, first.window_size):
+            if _needs(m) != _needs(first):
                 raise ConfigError('the members of an ensemble take different channels, protocols or windows; train them on the same inputs')
         self.members, self.views = nn.ModuleList(members), [(k, mirror) for mirror in (False, True) for k in range(4)][:views]
 
@@ -39,12 +41,12 @@ class Ensemble(nn.Module):
     def forward(self,
         raw: Tensor, # (B, T, C, H, W), as the loaders hand it out
         time: Tensor | None = None, # (B, T), seconds since 1970, for networks that use it
-    ) -> Tensor: # (B, 1, H, W), logits of the mean probability
-        total = 0
+    ) -> Tensor: # (B, 1, H, W), such as logits of the mean probability
+        total, (to_mean, from_mean) = 0, self.members[0].averaging
         for view in self.views:
             turned = turn(raw, *view, self.inputs.angles) if view != (0, False) else raw
-            total = total + turn_back(sum(m(turned, time).sigmoid() for m in self.members), *view)
-        return torch.logit(total/(len(self.members)*len(self.views)), eps=1e-7)
+            total = total + turn_back(sum(to_mean(m(turned, time)) for m in self.members), *view)
+        return from_mean(total/(len(self.members)*len(self.views)))
 
 # %% ../../nbs/learn/07_ensemble.ipynb #8c1f06d2
 def label(

@@ -7,6 +7,7 @@ __all__ = ['Schedule', 'Batch', 'mix', 'StepSampler', 'learning_rate_factor', 'F
 
 # %% ../../nbs/learn/05_forecaster.ipynb #badd7526
 import math
+from functools import partial
 from typing import Callable, Literal, NamedTuple
 
 import lightning as L
@@ -84,6 +85,8 @@ def learning_rate_factor(
 # %% ../../nbs/learn/05_forecaster.ipynb #a7ec23bb
 class Forecaster(L.LightningModule):
     "Train a network on batches of raw inputs, validate the averaged weights and predict."
+    averaging = (torch.sigmoid, partial(torch.logit, eps=1e-7)) # To the scale on which forecasts are averaged, and back
+
     def __init__(self,
         network: nn.Module, # (B, T, C', H, W) to (B, 1, H, W), or to a pair of that and a list of auxiliary outputs; called with (B, T) times too where `uses_time` is True
         inputs: nn.Module, # Raw (B, T, C, H, W) to (B, T, C', H, W)
@@ -115,6 +118,11 @@ class Forecaster(L.LightningModule):
 def predictor(self: Forecaster) -> nn.Module:
     "The network that predicts: the averaged one where there is one."
     return self.network if self.average is None else self.average.module
+
+@patch(as_prop=True)
+def parts(self: Forecaster) -> dict[str, nn.Module]:
+    "What a trained forecaster is made of, by the names of its attributes; a bundle keeps their tensors."
+    return dict(network=self.predictor, inputs=self.inputs)
 
 @patch(as_prop=True)
 def logged_names(self: Forecaster) -> list[str]:
