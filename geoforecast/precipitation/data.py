@@ -27,6 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 
 from ..core import ConfigError, DataError, atomic_path
 from ..learn.forecaster import Batch, StepSampler
+from .atmosphere import open_atmosphere
 from .channels import channels_of
 from .normalize import Fill, Normalizer, read_blocks
 from .regions import RegionConfig, select_region, warn_small
@@ -274,11 +275,7 @@ def _check(self: PrecipitationDataModule, options):
 
 @patch
 def _open(self: PrecipitationDataModule, step, coarsen):
-    ds = self.data_dir
-    if not isinstance(ds, xr.Dataset):
-        from geoforecast.precipitation.atmosphere import open_atmosphere
-        ds = open_atmosphere(self.data_dir, step, coarsen)
-    ds, self.upstream_columns = select_region(ds, self.region)
+    ds, self.upstream_columns = select_region(open_atmosphere(self.data_dir, step, coarsen), self.region)
     warn_small(ds, self.upstream_columns)
     self.atmosphere, self.channels, self.step, self.coarsen = ds, channels_of(ds), step_of(ds), coarsen
     self.times, self.lat, self.lon = ds.time.values, ds.lat.values, ds.lon.values[self.upstream_columns:]
