@@ -80,10 +80,11 @@ def seed_everything(
     return seed_all(seed, workers=True, verbose=False)
 
 # %% ../nbs/core.ipynb #a212e69a
-CHATTER = ('num_workers', 'Checkpoint directory', 'litlogger', 'training batches', "LightningCLI's args", 'custom batch sampler', 'val_dataloader', 'LeafSpec', 'not set, defaulting')
+CHATTER = ('num_workers', 'Checkpoint directory', 'litlogger', 'training batches', "LightningCLI's args", 'custom batch sampler', 'val_dataloader', 'LeafSpec', 'not set, defaulting', 'in eval mode at the start')
 
 def quiet_libraries():
-    "Hide announcements of Lightning and torch about settings that are chosen on purpose."
+    "Hide announcements of Lightning and torch about settings that are chosen on purpose, and show warnings in one line."
+    warnings.formatwarning = lambda message, category, *_: f'{category.__name__}: {message}\n'
     for name in ('lightning.pytorch', 'lightning.fabric'): logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings('ignore', f".*({'|'.join(CHATTER)})")
 

@@ -33,13 +33,18 @@ def weight_average(
 
 # %% ../../nbs/learn/04_callbacks.ipynb #3d9e5e4a
 class LatestCheckpoint(Checkpoint):
-    "Write `latest.ckpt` whole or not at all at the end of each epoch, after all other callbacks."
+    "Write `latest.ckpt` whole or not at all at the end of an epoch, after all other callbacks."
     def __init__(self,
         folder: str | Path, # Where `latest.ckpt` goes
+        frequency: int = 0, # Steps between two writings, done at the next end of an epoch; 0 for every epoch
     ):
-        self.path = Path(folder)/'latest.ckpt'
+        self.path, self.frequency = Path(folder)/'latest.ckpt', max(frequency, 1)
+
+    def on_train_epoch_start(self, trainer, pl_module): self.began = trainer.global_step
 
     def on_train_epoch_end(self, trainer, pl_module):
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step
+        if self.began//self.frequency == trainer.global_step//self.frequency and not last: return
         if not trainer.is_global_zero: return trainer.save_checkpoint(self.path) # takes part, writes nothing
         with atomic_path(self.path) as p: trainer.save_checkpoint(p)
 
@@ -78,9 +83,10 @@ class EpochReport(Checkpoint):
     "Print and log one line an epoch and keep `metrics.csv`, one row an epoch, also across resumed runs."
     def __init__(self,
         folder: str | Path, # Where `metrics.csv` and `training.log` go
-        shown: tuple[str, ...] = ('train/total_loss', 'val/loss', 'val/ap', 'val/f1'), # Metrics on the printed line, where they exist
+        shown: tuple[str, ...] = ('train/total_loss', 'val/loss', 'val/ap', 'val/f1', 'val/rmse', 'val/csi_5'), # Metrics on the printed line, where they exist
+        quiet: bool = False, # Print no line; the files are written all the same
     ):
-        self.path, self.shown = Path(folder)/'metrics.csv', shown
+        self.path, self.shown, self.quiet = Path(folder)/'metrics.csv', shown, quiet
         self.log_path = self.path.with_name('training.log')
 
     def on_train_epoch_start(self, trainer, pl_module):
@@ -102,5 +108,5 @@ class EpochReport(Checkpoint):
         row |= {k: v.item() for k, v in trainer.callback_metrics.items()}
         _keep_row(self.path, row)
         line = _line(row, self.shown, trainer.max_epochs, time.perf_counter() - self.started)
-        print(line, flush=True)
+        if not self.quiet: print(line, flush=True)
         with open(self.log_path, 'a', encoding='utf-8') as f: f.write(f'{time.strftime("%F %T")}  {line}\n')

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'RUN_OPTIONS', 'SECOND_NAMES', 'SHARED', 'LOGGERS', 'HDF5_ONLY', 'find_config', 'configs', 'RunOptions',
-           'known_options', 'resolve_option', 'classes_first', 'compose', 'run_folder', 'Patience', 'loggers_of',
-           'ForecastCLI', 'Run', 'launch']
+           'known_options', 'resolve_option', 'classes_first', 'compose', 'run_folder', 'Patience', 'direction_of',
+           'loggers_of', 'ForecastCLI', 'Run', 'launch']
 
 # %% ../../nbs/learn/06_launch.ipynb #d139317e
 import copy
 import html
+import logging
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from torch import nn
 from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, nearest, project_root, quiet_libraries, require
 from .callbacks import EpochReport, LatestCheckpoint, read_metrics
 from .forecaster import Forecaster
+from .metrics import score_key
 
 # %% ../../nbs/learn/06_launch.ipynb #ce1d71eb
 CONFIGS = Path(import_module('geoforecast').__file__).parent/'configs'
@@ -63,11 +65,14 @@ class RunOptions:
     name: str = 'run' # The run's name, and that of its folder
     output_dir: str | None = None # The run's folder, where it shall lie elsewhere
     seed_everything: int = 0 # Of weights, order of samples and augmentation
-    monitor: str = 'val/ap' # Logged score that chooses the best checkpoint and stops early; lower is better for losses
+    monitor: str = 'val/ap' # Logged score that chooses the best checkpoint and stops early; lower is better for losses and errors
     patience: int = 0 # Epochs without a better score after which training stops; 0 for never
     ckpt_path: str | None = None # Checkpoint to go on from; the run's own latest where None
     logger: str = 'tensorboard' # `wandb` for Weights & Biases beside TensorBoard
     load_from_hdf5: bool = True # Folders of TIFF files are converted first
+    keep_every: int = 0 # Epochs between checkpoints that are kept for good, as `checkpoint_epoch_N.ckpt`; 0 for none
+    checkpoint_frequency: int = 0 # Training steps between two writings of `latest.ckpt`, done at the next end of an epoch; 0 for each of them
+    log_level: str = 'info' # `warning` prints no line an epoch, `debug` what Lightning has to say too
 
 RUN_OPTIONS = vars(RunOptions())
 
@@ -98,8 +103,10 @@ def known_options(
     return options + [f'trainer.{name}' for name in _parameters('lightning.pytorch.Trainer')]
 
 # %% ../../nbs/learn/06_launch.ipynb #8d7696c2
-SECOND_NAMES = dict(loss_function='model.loss')
-SHARED = {'data.window_size': 'model.window_size', 'data.protocol': 'model.inputs.protocol'} # said once, to the data
+SECOND_NAMES = dict(loss_function='model.loss', hidden_channels='hidden_dims', gradient_clip_norm='trainer.gradient_clip_val', device='trainer.accelerator',
+                    gradient_accumulation_steps='trainer.accumulate_grad_batches', early_stopping_patience='patience', resume='ckpt_path', use_amp='trainer.precision')
+SHARED = {'data.window_size': 'model.window_size', 'data.protocol': 'model.inputs.protocol', 'data.target_offset': 'model.target_offset',
+          'data.all_channels': 'model.all_channels'} # said once, to the data
 
 def resolve_option(
     name: str, # What the user wrote: `hidden_dims`, `model.network.hidden_dims` or the long form with `init_args`
@@ -130,6 +137,8 @@ def _read(path):
 def _parsed(value):
     try: return yaml.load(value, _Loader) if isinstance(value, str) and value else value
     except yaml.YAMLError: return value
+
+def _amp(on): return {True: '16-mixed' if torch.cuda.is_available() else 'bf16-mixed', False: '32-true'}.get(on, on)
 
 # %% ../../nbs/learn/06_launch.ipynb #2eb46421
 def _class_path(
@@ -169,6 +178,7 @@ def compose(
         result |= {k: above.pop(k) for k in RUN_OPTIONS if k in above}
         result[section] = _merged(result.get(section) or {}, above)
     for name, value in classes_first(overrides, result).items():
+        value = _amp(_parsed(value)) if name == 'use_amp' else value
         name = resolve_option(name, result)
         _assign(result, name, value if name in ('name', 'output_dir', 'data.data_dir') else _parsed(value))
     return _linked(result)
@@ -208,6 +218,15 @@ class Patience(EarlyStopping):
     "Stop early, and stay stopped when the run is started again."
     def on_train_start(self, trainer, pl_module): trainer.should_stop |= self.wait_count >= self.patience
 
+# %% ../../nbs/learn/06_launch.ipynb #36231a82
+def direction_of(
+    monitor: str, # Such as `val/ap`
+) -> str: # `max`, or `min` for losses and errors
+    "Say which of two values of a logged score is the better one; raise `ConfigError` where neither direction is."
+    direction = 'min' if 'loss' in monitor else (score_key(monitor.partition('/')[2]) or ('', '', 'max'))[2]
+    if direction not in ('min', 'max'): raise ConfigError(f"monitor '{monitor}' has its best value in between and cannot choose a checkpoint; take val/loss or another score")
+    return direction
+
 # %% ../../nbs/learn/06_launch.ipynb #493c2bc2
 LOGGERS = ('tensorboard', 'wandb')
 
@@ -237,12 +256,13 @@ class ForecastCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         monitor, patience = check_choice('monitor', self.config['monitor'], self.model.logged_names), self.config['patience']
         if not self.config['load_from_hdf5']: raise ConfigError(HDF5_ONLY)
-        mode = 'min' if 'loss' in monitor else 'max'
+        mode = direction_of(monitor)
         network = type(self.model.network).__name__
         label = monitor.replace('/', '_')
-        callbacks = [ModelCheckpoint(self.folder/'checkpoints', f'{network}_epoch_{{epoch:02d}}_{label}_{{{monitor}:.3f}}', monitor, mode=mode,
-                                     auto_insert_metric_name=False, enable_version_counter=False),
-                     EpochReport(self.folder), LatestCheckpoint(self.folder/'checkpoints')]
+        folder, names = self.folder/'checkpoints', dict(auto_insert_metric_name=False, enable_version_counter=False)
+        callbacks = [ModelCheckpoint(folder, f'{network}_epoch_{{epoch:02d}}_{label}_{{{monitor}:.3f}}', monitor, mode=mode, **names),
+                     EpochReport(self.folder, quiet=self.config['log_level'] == 'warning'), LatestCheckpoint(folder, self.config['checkpoint_frequency'])]
+        if self.config['keep_every']: callbacks.insert(1, ModelCheckpoint(folder, 'checkpoint_epoch_{epoch}', every_n_epochs=self.config['keep_every'], save_top_k=-1, **names))
         if patience: callbacks.insert(0, Patience(monitor, patience=patience, mode=mode))
         own = dict(logger=loggers_of(self.config['logger'], self.folder), enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10, use_distributed_sampler=False)
         self.trainer_defaults['callbacks'] = callbacks
@@ -359,14 +379,21 @@ def launch(
     **overrides, # Options by dotted or short name, `name` and `output_dir` among them
 ) -> Run:
     "Build a run; `launch(...).fit()` trains it. Raise `ConfigError` for names and values that do not fit."
-    composed = compose(config, trainer, data, **overrides)
+    composed = _completed(compose(config, trainer, data, **overrides))
     quiet_libraries()
+    level = check_choice('log_level', composed.get('log_level', 'info'), ('debug', 'info', 'warning'))
+    if level == 'debug': logging.getLogger('lightning.pytorch').setLevel(logging.DEBUG)
     cli = _instantiate(composed)
     text = cli.parser.dump(cli.config, skip_none=False)
     for left in (*cli.folder.glob('.*.tmp'), *cli.folder.glob('checkpoints/.*.tmp')): shutil.rmtree(left, ignore_errors=True) # of killed writers
     ckpt_path = _start_of(cli.folder, text, cli.config['ckpt_path'])
     with atomic_path(cli.folder/'cli_config.yaml') as p: p.write_text(text, encoding='utf-8')
     return Run(cli.folder, cli.model, cli.datamodule, cli.trainer, yaml.safe_load(text), ckpt_path)
+
+def _completed(config):
+    module, _, name = config['data']['class_path'].rpartition('.')
+    complete = getattr(getattr(import_module(module), name, None), 'complete', None)
+    return complete(config) if complete else config
 
 def _start_of(folder, text, given):
     latest, before = folder/'checkpoints'/'latest.ckpt', folder/'cli_config.yaml'
