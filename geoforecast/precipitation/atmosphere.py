@@ -81,7 +81,7 @@ def place_field(
     field: xr.DataArray, # A variable of a file
 ) -> xr.DataArray: # (time, level, lat, lon), or (time, lat, lon) where it has no level; all ascending
     "Rename and sort a variable's axes; raise `DataError` for an axis that is missing, that has two dimensions, or that is not known."
-    field = valid_times(field)
+    field = valid_times(field.max('expver') if 'expver' in field.dims else field)
     names = {axis: find_axis(field, axis) for axis in _AXES}
     for axis in ('lat', 'lon'):
         if names[axis] is None: raise DataError(f"variable '{field.name}' has no {_AXES[axis][0]} among its coordinates {', '.join(map(str, field.coords))}")
@@ -135,7 +135,7 @@ def read_fields(
         if name is None or name != RAIN and find_axis(given, 'level') is None: continue
         if name in fields: raise DataError(f"variables '{fields[name].name}' and '{given.name}' are both {TABLE[name].standard_name}; leave one out")
         field = place_field(_in_reach(given)).astype('float32')
-        field.attrs['source'] = f"{given.name} ({unit_of(field, name)})"
+        field.attrs = dict(units=unit_of(field, name), source=f"{given.name} ({unit_of(field, name)})")
         fields[name] = field if name == RAIN else to_unit(field, name)
     return fields
 
@@ -149,15 +149,15 @@ def join_fields(
     layers = {}
     for p in parts: layers.setdefault(tuple(p.level.values) if 'level' in p.dims else (), []).append(p)
     joined = dict(join='exact', coords='minimal', compat='override', combine_attrs='override')
-    try: series = [_one_series(name, xr.concat(same, 'time', **joined) if len(same) > 1 else same[0]) for same in layers.values()]
+    try: series = [_one_series(xr.concat(same, 'time', **joined) if len(same) > 1 else same[0]) for same in layers.values()]
     except ValueError as e: raise DataError(f'{name}: its files lie on different grids: {e}') from e
     return series[0] if len(series) == 1 else xr.concat(series, 'level', **joined | dict(join='inner')).sortby('level')
 
-def _one_series(name, field):
+def _one_series(field):
     times = field.indexes['time']
     if times.is_monotonic_increasing and times.is_unique: return field
     twice = int(times.duplicated().sum())
-    if twice: warnings.warn(f'{name}: {twice} of {len(times)} times are there twice; the first of each is kept')
+    if twice: warnings.warn(f'{twice} of {len(times)} times are there twice; the first of each is kept')
     return field.drop_duplicates('time').sortby('time')
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #477f94dc
@@ -179,7 +179,7 @@ def to_steps(
     if length != source: rain = accumulate(rain, length)
     for name, f in states.items():
         if not (f.lat.equals(rain.lat) and f.lon.equals(rain.lon)): raise DataError(f'{name} and {RAIN} lie on different grids, {f.shape[-2:]} and {rain.shape[-2:]} points; regrid one of them')
-    return xr.merge([f.rename(n) for n, f in {**states, RAIN: rain}.items()], join='inner', combine_attrs='drop_conflicts'), length
+    return xr.merge([f.rename(n) for n, f in {**states, RAIN: rain}.items()], join='inner', combine_attrs='override'), length
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #be824830
 TRACE = 1e-4 # mm
@@ -236,10 +236,10 @@ def block_means(
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #768d09b0
 def source_convention(
-    data: xr.Dataset, # As a file has it
+    sources: list[xr.Dataset], # As files have them
 ) -> dict: # `latitude`, `longitude`: names; `descending`: of latitude; `west`: where longitudes begin, -180 or 0
     "Note how a source writes its coordinates."
-    field = next(f for f in data.data_vars.values() if find_variable(f.name, f.attrs) and find_axis(f, 'lat') and find_axis(f, 'lon'))
+    field = next(f for data in sources for f in data.data_vars.values() if find_variable(f.name, f.attrs) and find_axis(f, 'lat') and find_axis(f, 'lon'))
     lat, lon = (field[find_axis(field, a)] for a in ('lat', 'lon'))
     return dict(latitude=lat.name, longitude=lon.name, descending=bool(lat.values[0] > lat.values[-1]), west=0 if lon.min() >= 0 and lon.max() > 180 else -180)
 
@@ -276,7 +276,8 @@ def open_atmosphere(
     if not ds.sizes['time']: raise DataError(f'the variables have no step of {length} in common')
     ds = block_means(repair(ds), coarsen)
     for name, field in ds.data_vars.items(): field.attrs |= dict(units=TABLE[name].unit, standard_name=TABLE[name].standard_name)
-    return ds.assign_attrs(step=f'{length/_HOUR:g}h', coarsen=coarsen, convention=json.dumps(source_convention(sources[0])))
+    ds.attrs = dict(step=f'{length/_HOUR:g}h', coarsen=coarsen, convention=json.dumps(source_convention(sources)))
+    return ds
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #4e970ff1
 def to_source_convention(

@@ -89,17 +89,16 @@ def total_period(
 
 def total_amounts(
     rain: xr.DataArray, # (time, lat, lon), mm, running totals
-    period: pd.Timedelta, # As `total_period` finds it
-) -> xr.DataArray: # mm a step, labelled at its end; NaN where the total before is not known
+    period: pd.Timedelta, # As `total_period` finds it; a day is taken where it is 0
+) -> xr.DataArray: # mm a step, labelled at its end; without the times before which a total is not known
     "Take the differences of running totals, and the total itself where one starts anew."
-    change, step = rain.diff('time'), time_step(rain.time)
+    times, change = rain.time.values, rain.diff('time')
     anew = (change < -TOLERANCE).any([d for d in rain.dims if d != 'time'])
-    near = xr.DataArray(np.diff(rain.time.values) == step.to_timedelta64(), dims='time', coords=dict(time=rain.time[1:]))
-    amounts = xr.where(anew, rain.isel(time=slice(1, None)), change.clip(min=0)).where(near)
-    first = rain.isel(time=slice(1))
-    falls = rain.time.values[1:][anew.values]
-    begins = period and len(falls) and (falls[0] - rain.time.values[0]) % period.to_timedelta64() == np.timedelta64(0)
-    return xr.concat([first if begins else first.where(first == 0), amounts], 'time').transpose(*rain.dims).assign_attrs(rain.attrs)
+    amounts = xr.where(anew, rain.isel(time=slice(1, None)), change.clip(min=0))
+    begins = (times[1:][anew.values] - times[0]) % (period or pd.Timedelta('1D')).to_timedelta64() == np.timedelta64(0)
+    first_known = begins[:1].any() or bool((rain[0] == 0).all())
+    known = np.append(first_known, np.diff(times) == time_step(times).to_timedelta64())
+    return xr.concat([rain.isel(time=slice(1)), amounts], 'time').transpose(*rain.dims)[known].assign_attrs(rain.attrs)
 
 # %% ../../nbs/precipitation/02_moisture.ipynb #1448dd13
 def step_ends(
@@ -119,7 +118,7 @@ def accumulate(
 ) -> xr.DataArray: # (steps, lat, lon), labelled at the end
     "Sum amounts over longer steps that are covered wholly."
     source, ends = time_step(rain.time), step_ends(rain.time, step)
-    if not len(ends): raise DataError(f'no step of {step} is covered wholly by {rain.sizes["time"]} values every {source}')
+    if not len(ends): raise DataError(f'no step of {step} is covered wholly by {len(rain)} values every {source}')
     whole = pd.date_range(ends[0] - step + source, ends[-1], freq=source)
     sums = rain.reindex(time=whole).coarsen(time=step//source, coord_func={'time': 'max'}).reduce(np.sum)
     return sums.sel(time=ends).assign_attrs(rain.attrs)
