@@ -59,18 +59,20 @@ def uniform_windows(
 def _check_split(train_ratio, val_ratio, train_end_year, val_end_year, test_start_date):
     if not (0 < train_ratio < 1 and 0 < val_ratio < 1 and train_ratio + val_ratio <= 1):
         raise ConfigError(f'train_ratio {train_ratio} and val_ratio {val_ratio} must be above 0 and leave a rest for the test, such as 0.7 and 0.15')
-    if val_end_year is not None and test_start_date is not None: raise ConfigError(f'val_end_year {val_end_year} and test_start_date {test_start_date} both say where the test begins; give one')
-    if train_end_year is not None and val_end_year is None and test_start_date is None: raise ConfigError(f'train_end_year {train_end_year} needs val_end_year or test_start_date beside it')
-    if val_end_year is not None and not (train_end_year or val_end_year) < val_end_year + (train_end_year is None): raise ConfigError(f'train_end_year {train_end_year} must lie before val_end_year {val_end_year}')
+    ends = [name for name, value in dict(val_end_year=val_end_year, test_start_date=test_start_date).items() if value is not None]
+    if len(ends) == 2: raise ConfigError(f'val_end_year {val_end_year} and test_start_date {test_start_date} both say where the test begins; give one')
+    if train_end_year is not None and not ends: raise ConfigError(f'train_end_year {train_end_year} needs val_end_year or test_start_date beside it')
+    if train_end_year is not None and val_end_year is not None and train_end_year >= val_end_year: raise ConfigError(f'train_end_year {train_end_year} must lie before val_end_year {val_end_year}')
     try: return None if test_start_date is None else pd.Timestamp(str(test_start_date)).to_datetime64()
     except ValueError as e: raise ConfigError(f"test_start_date '{test_start_date}' is not a date; write it like 1989-01-01") from e
 
 def _borders(times, train_ratio, val_ratio, train_end_year, val_end_year, test_start):
+    "First step of each part, and the end of the series."
     n, after = len(times), lambda year: int(np.searchsorted(times, np.datetime64(f'{year + 1:04d}', 'ns')))
     if val_end_year is not None: test = after(val_end_year)
     else: test = round((train_ratio + val_ratio)*n) if test_start is None else int(np.searchsorted(times, test_start))
-    if train_end_year is not None: return 0, after(train_end_year), test, n
-    return 0, round(train_ratio*n if test_start is None and val_end_year is None else test*train_ratio/(train_ratio + val_ratio)), test, n
+    val = round(test*train_ratio/(train_ratio + val_ratio)) if train_end_year is None else after(train_end_year)
+    return 0, val, test, n
 
 # %% ../../nbs/precipitation/08_data.ipynb #d31c2c57
 def create_train_val_test_split(
@@ -106,9 +108,12 @@ class Stack:
 
     def __init__(self,
         values: np.ndarray, # (T, C, H, W)
-        mapping: mmap.mmap | None = None, # What `values` looks into
+        path: str | Path | None = None, # File that `values` looks into
+        mapping: mmap.mmap | None = None, # Map of the file
     ):
-        self.values, self.mapping, self._read = torch.from_numpy(values), mapping, 0
+        self.values, self.path, self.mapping, self._read = torch.from_numpy(values), path, mapping, 0
+
+    def __reduce__(self): return (Stack.open, (self.path, tuple(self.values.shape))) if self.mapping else (Stack, (self.values.numpy(),))
 
     @classmethod
     def open(cls,
@@ -117,13 +122,13 @@ class Stack:
     ) -> 'Stack':
         "Map a file."
         with open(path, 'rb') as f: mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        return cls(np.frombuffer(mapping, np.float32).reshape(shape), mapping)
+        return cls(np.frombuffer(mapping, np.float32).reshape(shape), path, mapping)
 
     def gather(self,
         steps: Tensor, # (N,) int64
         out: Tensor | None = None, # (N, C, H, W) to write to
     ) -> Tensor: # (N, C, H, W)
-        "Copy steps."
+        "Copy steps, in any order."
         found = torch.index_select(self.values, 0, steps, out=out)
         self._read += found.nbytes
         if self.mapping and self._read > self.release_after and hasattr(mmap, 'MADV_DONTNEED'):
@@ -134,7 +139,9 @@ class Stack:
 # %% ../../nbs/precipitation/08_data.ipynb #a6a6b6b2
 class _Faults:
     "Count what is not a number, by channel, and remember when."
-    def __init__(self, channels, times): self.channels, self.times, self.steps, self.missing, self.infinite = channels, times, set(), np.zeros(len(channels), int), np.zeros(len(channels), int)
+    def __init__(self, channels, times):
+        self.channels, self.times, self.steps = channels, times, set()
+        self.missing, self.infinite = np.zeros((2, len(channels)), int)
 
     def look(self, block, values, fill):
         bad = np.isinf(values) if fill else ~np.isfinite(values)
@@ -145,10 +152,12 @@ class _Faults:
 
     def refuse(self):
         if not self.steps: return
-        counts = [f'{c} {m} missing and {i} infinite' if m and i else f'{c} {m or i} {"missing" if m else "infinite"}' for c, m, i in zip(self.channels, self.missing, self.infinite) if m or i]
+        counts = [f'{c} {n} {word}' for word, found in (('missing', self.missing), ('infinite', self.infinite)) for c, n in zip(self.channels, found) if n]
         when = [str(t)[:16] for t in self.times[sorted(self.steps)]]
-        advice = "set fill to 'mean' or 'above' where levels lie below the ground, or leave those steps or levels out" if self.missing.any() else 'repair or leave out those steps'
-        raise DataError(f"values that are no numbers in {len(when)} steps ({', '.join(when[:3])}{', …' if len(when) > 3 else ''}): {', '.join(counts[:6])}{', …' if len(counts) > 6 else ''}; {advice}")
+        advice = "set fill to 'mean' or 'above' where levels lie below the ground, or leave those steps or levels out" if self.missing.any() else 'repair those steps or leave them out'
+        raise DataError(f'not numbers, in {len(when)} of {len(self.times)} steps ({_some(when, 3)}): {_some(counts, 6)}; {advice}')
+
+def _some(words, n): return ', '.join(words[:n] + ['…']*(len(words) > n))
 
 def stack_series(
     ds: xr.Dataset, # Standard data set
@@ -158,20 +167,19 @@ def stack_series(
     megabytes: float = 64., # Size of a block
 ) -> Stack:
     "Stack a series block by block; raise `DataError` where values are missing or infinite."
-    channels, faults = channels or channels_of(ds), _Faults(channels or channels_of(ds), ds.time.values)
-    shape = (ds.sizes['time'], len(channels), ds.sizes['lat'], ds.sizes['lon'])
+    channels = channels or channels_of(ds)
+    shape, faults = (ds.sizes['time'], len(channels), ds.sizes['lat'], ds.sizes['lon']), _Faults(channels, ds.time.values)
+    def looked():
+        for block, values in read_blocks(ds, channels, megabytes):
+            faults.look(block, values, fill)
+            yield block, values
+        faults.refuse()
     if memory_map is None:
-        values = np.empty(shape, np.float32)
-        for block, part in read_blocks(ds, channels, megabytes):
-            faults.look(block, part, fill)
-            values[block] = part
-        faults.refuse()
-        return Stack(values)
+        whole = np.empty(shape, np.float32)
+        for block, values in looked(): whole[block] = values
+        return Stack(whole)
     with atomic_path(memory_map) as path, open(path, 'wb') as f:
-        for block, part in read_blocks(ds, channels, megabytes):
-            faults.look(block, part, fill)
-            part.tofile(f)
-        faults.refuse()
+        for _, values in looked(): values.tofile(f)
     return Stack.open(memory_map, shape)
 
 # %% ../../nbs/precipitation/08_data.ipynb #03396b43
@@ -190,7 +198,7 @@ class PrecipitationDataset(Dataset):
         self.first, self.inputs = torch.from_numpy(np.asarray(first)), torch.arange(window_size)
         self.seconds = torch.from_numpy(times.astype('datetime64[s]').astype(np.int64))
         self._targets = stack.values[:, (0 if all_channels else -1):, :, upstream_columns:]
-        self._buffer, self._held = None, None
+        self._rooms = [] # of earlier batches, and weak references to them
 
     def __len__(self): return len(self.first)
 
@@ -207,11 +215,12 @@ class PrecipitationDataset(Dataset):
         return Batch(inputs, target.nan_to_num(0.), valid, self.seconds[steps], sample)
 
     def _room(self, steps):
-        shape = (steps, *self.stack.values.shape[1:])
-        if self._buffer is None or self._buffer.shape[0] < steps: self._buffer, self._held = np.empty(shape, np.float32), None
-        elif self._held is not None and self._held() is not None: return torch.empty(shape)
-        view = self._buffer[:steps]
-        self._held = weakref.ref(view)
+        "Memory for so many steps: that of one of the last two batches where nobody holds it any more, else new."
+        self._rooms = [(room, held) for room, held in self._rooms if held() is not None or len(room) >= steps]
+        free = next((i for i, (_, held) in enumerate(self._rooms) if held() is None), None)
+        room = np.empty((steps, *self.stack.values.shape[1:]), np.float32) if free is None else self._rooms.pop(free)[0]
+        view = room[:steps]
+        self._rooms = [*self._rooms, (room, weakref.ref(view))][-2:]
         return torch.from_numpy(view)
 
 # %% ../../nbs/precipitation/08_data.ipynb #db89a95c
@@ -293,7 +302,7 @@ def setup(self: PrecipitationDataModule, stage: str | None = None):
     self.stack
     if stage in (None, 'fit'): self.statistics
 
-# %% ../../nbs/precipitation/08_data.ipynb #d9f55258
+# %% ../../nbs/precipitation/08_data.ipynb #ee371208
 @patch
 def input_times(self: PrecipitationDataModule,
     part: str, # `train`, `val` or `test`
@@ -308,6 +317,15 @@ def target_times(self: PrecipitationDataModule,
     "Return the time for which each window's target is valid."
     return self.times[self.windows[part] + self.window_size - 1 + self.target_offset]
 
+# %% ../../nbs/precipitation/08_data.ipynb #923c94b2
+@patch
+def _repr_html_(self: PrecipitationDataModule):
+    cells = ''.join(f'<tr><th>{p}</th><td>{len(w)}</td><td>{_day(self.target_times(p)[0])} … {_day(self.target_times(p)[-1])}</td></tr>' for p, w in self.windows.items())
+    grid = f'{len(self.lat)} x {len(self.lon)} points' + (f' and {self.upstream_columns} columns upstream' if self.upstream_columns else '')
+    caption = f"{len(self.channels)} channels, {grid}, steps of {pd.Timedelta(self.step)}, {self.dropped} windows lost to gaps"
+    return f'<table><caption>{escape(caption)}</caption><tr><th></th><th>windows</th><th>target times</th></tr>{cells}</table>'
+
+# %% ../../nbs/precipitation/08_data.ipynb #d9f55258
 @patch
 def dataset(self: PrecipitationDataModule,
     part: str, # `train`, `val` or `test`
@@ -352,7 +370,7 @@ def predict_dataloader(self: PrecipitationDataModule) -> DataLoader:
     "Return the test in order of time, to forecast."
     return self.fields('test')
 
-# %% ../../nbs/precipitation/08_data.ipynb #2e0adfa7
+# %% ../../nbs/precipitation/08_data.ipynb #2f8c214e
 @patch(cls_method=True)
 def complete(cls: PrecipitationDataModule,
     config: dict, # A composed configuration
@@ -367,13 +385,6 @@ def complete(cls: PrecipitationDataModule,
     known = inputs.setdefault('init_args', {})
     for name in ('channels', 'upstream_columns', 'fill'):
         if known.get(name) is None: known[name] = getattr(data, name)
+        if known[name] != getattr(data, name): raise ConfigError(f"model.inputs.{name} {known[name]} does not fit the data, whose {name} is {getattr(data, name)}; leave it to the data")
     if data.num_epochs: config.setdefault('trainer', {})['max_epochs'] = math.ceil(data.num_epochs*len(data.windows['train'])/data.samples_per_epoch)
     return config
-
-# %% ../../nbs/precipitation/08_data.ipynb #923c94b2
-@patch
-def _repr_html_(self: PrecipitationDataModule):
-    cells = ''.join(f'<tr><th>{p}</th><td>{len(w)}</td><td>{_day(self.target_times(p)[0])} … {_day(self.target_times(p)[-1])}</td></tr>' for p, w in self.windows.items())
-    grid = f'{len(self.lat)} x {len(self.lon)} points' + (f' and {self.upstream_columns} columns upstream' if self.upstream_columns else '')
-    caption = f"{len(self.channels)} channels, {grid}, steps of {pd.Timedelta(self.step)}, {self.dropped} windows lost to gaps"
-    return f'<table><caption>{escape(caption)}</caption><tr><th></th><th>windows</th><th>target times</th></tr>{cells}</table>'
