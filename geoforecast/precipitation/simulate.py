@@ -28,8 +28,8 @@ class World:
     correlation: float = .6 # Between the moisture of neighbouring columns or rows
     threshold: float = .8 # Moisture above which it rains, in standard deviations
     season: float = .3 # Amplitude of the yearly cycle of moisture, in standard deviations; highest in July
-    power: int = 3 # Of the rain's growth with moisture; 3 gives tails like those of real rain
-    rain_rate: float = 2. # Rain one standard deviation above the threshold, mm a step
+    power: int = 2 # Of the rain's growth with moisture; 2 gives the tail of a gamma distribution, 3 a heavier one
+    rain_rate: float = 4. # Rain one standard deviation above the threshold, mm a step
 
     def __post_init__(self):
         for name in ('persistence', 'correlation'):
