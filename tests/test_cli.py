@@ -249,11 +249,16 @@ def test_fit_then_validate_test_predict(here, fires, capsys, monkeypatch):
     assert main(["test", "--output_dir", "out", "--ckpt_path", "damaged.ckpt"]) == 2
 
 
+def hear_interrupts():
+    "Let a child process be interrupted also where this one, started in the background, cannot be."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_training_goes_on(here, fires):
     words = ["fit", "--config", "fire/logistic", "--data_dir", str(fires), "--output_dir", "out", "--max_epochs", "500", "--samples_per_epoch", "8", "--batch_size", "4", "--crop_size", "32"]
     first = []
     for _ in range(2):
-        process = subprocess.Popen([*COMMAND, *words], cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen([*COMMAND, *words], cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts)
         lines = (line for line in process.stdout if line.startswith("epoch"))
         first.append(int(re.match(r"epoch (\d+)", next(lines))[1]))
         next(lines)
@@ -302,11 +307,11 @@ def test_a_notebook_whose_process_dies(here, capfd):
 
 def test_an_interrupted_run_says_how_to_resume(here):
     path = write_notebook(here/"walk.ipynb", "print('waiting', flush=True)\nimport time; time.sleep(100)")
-    process = subprocess.Popen([*COMMAND, "run", str(path), "--output_dir", "out"], cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*COMMAND, "run", str(path), "--output_dir", "out"], cwd=here, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear_interrupts)
     while "waiting" not in process.stdout.readline(): assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error
+    assert process.returncode == 130 and "the same command goes on" in error and "Traceback" not in error, error
     assert (here/"out"/"run.ipynb").is_file()
 
 
