@@ -171,7 +171,7 @@ def compose(
     **overrides, # Options by dotted or short name; text is read as YAML
 ) -> dict: # A whole configuration
     "Lay presets and overrides over a configuration; refuse names that do not exist."
-    result = copy.deepcopy(config) if isinstance(config, dict) else _read(find_config(config))
+    result = copy.deepcopy(config) if isinstance(config, dict) else _based(find_config(config))
     for section, preset in (('trainer', trainer), ('data', data)):
         if not preset: continue
         above = _read(find_config(preset, section))
@@ -183,6 +183,12 @@ def compose(
         _assign(result, name, value if name in ('name', 'output_dir', 'data.data_dir') else _parsed(value))
     return _linked(result)
 
+def _based(path):
+    "Read a configuration and lay it over the one that it names as its `base`."
+    config = _read(path)
+    if not (base := config.pop('base', None)): return config
+    return _merged(_based(find_config(base)), config)
+
 def _linked(config):
     said, options = (config.get('data') or {}).get('init_args') or {}, known_options(config)
     for source, target in SHARED.items():
@@ -191,7 +197,7 @@ def _linked(config):
     return config
 
 def _merged(below, above):
-    if not (isinstance(below, dict) and isinstance(above, dict)): return above
+    if not (isinstance(below, dict) and isinstance(above, dict)) or below.get('class_path') != above.get('class_path', below.get('class_path')): return above
     return below | {k: _merged(below[k], v) if k in below else v for k, v in above.items()}
 
 def _assign(config, name, value):

@@ -8,6 +8,7 @@ __all__ = ['StateLoss', 'LastChannelScores', 'PrecipitationForecaster', 'distrib
 # %% ../../nbs/precipitation/13_forecaster.ipynb #8cda1a58
 from typing import Callable
 
+import numpy as np
 import torch
 from fastcore.basics import noop, patch
 from fastcore.meta import delegates
