@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'TRACE', 'find_axis', 'pressure_levels', 'unroll_longitudes', 'valid_times', 'place_field', 'open_sources',
-           'read_fields', 'join_fields', 'to_steps', 'check_values', 'limit_dew_point', 'repair', 'block_means',
-           'source_convention', 'open_atmosphere', 'to_source_convention']
+           'in_reach', 'read_fields', 'join_fields', 'to_steps', 'check_values', 'limit_dew_point', 'repair',
+           'block_means', 'source_convention', 'open_atmosphere', 'to_source_convention']
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #3686742a
 import json
@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..core import DataError, require
+from ..core import ConfigError, DataError, require
 from ..geo.grid import convert_units, wrap_longitude
 from ..geo.io import read_netcdf, read_zarr
 from .channels import RAIN, TABLE, VARIABLES, find_variable, plain_unit, to_unit, unit_of
@@ -99,7 +99,7 @@ def place_field(
     return field.isel(lon=np.sort(first)).sortby(order).transpose('time', *order)
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #5851f3b9
-LARGE = 2**29 # Bytes; larger variables stay on the disk
+LARGE = 2**29 # Bytes; more stays on the disk
 
 def open_sources(
     path, # File, Zarr store, folder, list of them, or an xarray dataset
@@ -120,10 +120,17 @@ def _open_grib(path):
     try: return require('cfgrib', 'grib').open_datasets(str(path), backend_kwargs=dict(indexpath=''))
     except (OSError, EOFError, ValueError, KeyError) as e: raise DataError(f'cannot read {path} as GRIB: {e}') from e
 
-def _in_reach(field):
-    if field.chunks or field.nbytes <= LARGE: return field if field.chunks else field.load()
-    time = [d for d in field.dims if d in ('time', 'valid_time')]
-    return field.chunk({d: 'auto' if d in time else -1 for d in field.dims})
+def in_reach(
+    sources: list[xr.Dataset], # As `open_sources` gives them
+) -> list[xr.Dataset]: # Only the variables that are needed, in memory or in pieces of time
+    "Load what fits into memory and cut what does not into pieces; chunks that are there stay."
+    needed = [data[[n for n, f in data.data_vars.items() if find_variable(n, f.attrs)]] for data in sources]
+    large = sum(data.nbytes for data in needed) > LARGE
+    return [data if _chunked(data) else _pieces(data) if large else data.load() for data in needed]
+
+def _chunked(data): return any(v.chunks is not None for v in data.variables.values())
+
+def _pieces(data): return data.chunk({d: 'auto' if d in ('time', 'valid_time') else -1 for d in data.dims})
 
 def read_fields(
     data: xr.Dataset, # As a file has it
@@ -134,7 +141,7 @@ def read_fields(
         name = find_variable(given.name, given.attrs)
         if name is None or name != RAIN and find_axis(given, 'level') is None: continue
         if name in fields: raise DataError(f"variables '{fields[name].name}' and '{given.name}' are both {TABLE[name].standard_name}; leave one out")
-        field = place_field(_in_reach(given)).astype('float32')
+        field = place_field(given).astype('float32')
         field.attrs = dict(units=unit_of(field, name), source=f"{given.name} ({unit_of(field, name)})")
         fields[name] = field if name == RAIN else to_unit(field, name)
     return fields
@@ -163,6 +170,10 @@ def _one_series(field):
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #477f94dc
 _HOUR = pd.Timedelta('1h')
 
+def _length(step):
+    try: return pd.Timedelta(step)
+    except ValueError as e: raise ConfigError(f"step '{step}' is no length of time; write it as 12h or 24h") from e
+
 def to_steps(
     fields: dict[str, xr.DataArray], # Name to field; rain in its own unit
     step: str | None = None, # Length of a step, such as `12h`; None for 12 h, or the data's own where that is longer
@@ -170,7 +181,7 @@ def to_steps(
     "Bring all variables to one time step, rain as millimetres a step."
     rain, states = fields[RAIN], {n: f for n, f in fields.items() if n != RAIN}
     source = time_step(rain.time)
-    length = pd.Timedelta(step) if step else max(pd.Timedelta('12h'), source, *(time_step(f.time) for f in states.values()))
+    length = _length(step) if step else max(pd.Timedelta('12h'), source, *(time_step(f.time) for f in states.values()))
     rain = rain_depth(rain, source)
     period = total_period(rain) if source < pd.Timedelta('1D') else None
     if period is not None:
@@ -264,7 +275,7 @@ def open_atmosphere(
 ) -> xr.Dataset: # (time, level, lat, lon) of `DPT GPH TEM U V` as far as there, and (time, lat, lon) of `precipitation`, mm a step; float32
     "Open any atmosphere in the common form; raise `DataError` for what is missing, unknown or impossible."
     sources, parts = open_sources(path), {}
-    for data in sources:
+    for data in in_reach(sources):
         for name, field in read_fields(data).items(): parts.setdefault(name, []).append(field)
     fields = _derive({name: join_fields(name, found) for name, found in parts.items()})
     states = [v for v in VARIABLES if v in fields]
