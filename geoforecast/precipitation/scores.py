@@ -151,6 +151,7 @@ def block_length(
     block: str = '15D', # Time that is drawn together
 ) -> int: # Steps
     "Return how many steps a block of the bootstrap has."
+    if len(times) < 10: return 1
     step = pd.Timedelta(np.median(np.diff(times)))
     return int(max(1, min(round(pd.Timedelta(block) / step), len(times) // 5)))
 
