@@ -104,7 +104,7 @@ def _day(time): return str(np.datetime64(time, 'D'))
 # %% ../../nbs/precipitation/08_data.ipynb #3cd4c70a
 class Stack:
     "Hold a series as one block of float32, (T, C, H, W), in memory or mapped from a file."
-    release_after = 2**28 # Bytes read through the map
+    release_after = 2**26 # Bytes read through the map
 
     def __init__(self,
         values: np.ndarray, # (T, C, H, W)

@@ -28,11 +28,11 @@ def read_blocks(
     "Read a data set block by block, in order of time."
     channels = channels or channels_of(ds)
     fits = max(int(megabytes*2**20/(4*len(channels)*ds.sizes['lat']*ds.sizes['lon'])), 1)
-    chunk = max(ds.chunksizes.get('time', (1,)))
+    chunk = max(length for field in ds.data_vars.values() for length in field.chunksizes.get('time', (1,)))
     steps = max(fits//chunk*chunk, chunk)
     for first in range(0, ds.sizes['time'], steps):
         block = slice(first, min(first + steps, ds.sizes['time']))
-        yield block, stack_channels(ds, time_slice=block, channels=channels)
+        yield block, stack_channels(ds.isel(time=block).compute(), channels=channels)
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #b0680682
 class Moments:
