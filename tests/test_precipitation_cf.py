@@ -18,7 +18,7 @@ from geoforecast.precipitation.forecaster import PrecipitationForecaster
 from geoforecast.precipitation.heads import MeanHead, QuantileHead
 from geoforecast.precipitation.models import ConvLSTMUNet
 from geoforecast.precipitation.normalize import PrecipitationInputs
-from geoforecast.precipitation.prediction import forecast_bundle, forecast_series, generate_predictions, load_model, write_forecast
+from geoforecast.precipitation.prediction import as_source, forecast_bundle, forecast_series, generate_predictions, load_model, write_forecast
 from geoforecast.precipitation.regions import RegionConfig
 from geoforecast.precipitation.rolling import rolling_forecast
 from geoforecast.precipitation.simulate import simulate_atmosphere
@@ -121,7 +121,7 @@ def test_the_checker_notices_what_is_not_cf(tmp_path):
 def test_rolling_forecasts_keep_to_cf(tmp_path):
     atmosphere = open_atmosphere(archive(tmp_path / "source.nc", n_times=8))
     rolled = rolling_forecast(model_of(atmosphere, StandStill, all_channels=True), atmosphere, steps=3)
-    good, report = compliant(write_netcdf(tmp_path / "rolled.nc", rolled.drop_attrs(deep=False)), tmp_path)
+    good, report = compliant(write_netcdf(tmp_path / "rolled.nc", as_source(rolled)), tmp_path)
     assert good, report
     last = atmosphere.precipitation.sel(time=rolled.forecast_reference_time.values).values
     np.testing.assert_allclose(rolled.precipitation, np.stack([last] * 3), atol=1e-3)
