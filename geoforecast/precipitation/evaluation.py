@@ -194,6 +194,7 @@ def draw_scores(
 ): # The axes
     "Draw one score of every model with its interval."
     shown = [r for r in pooled(rows) if r['split'] == split and score in r]
+    if not shown: return ax.set_title(f'{_name(score)}: undefined on the {split} part').axes
     for y, r in enumerate(shown):
         color = '#0072B2' if r is shown[-1] else '0.5'
         if f'{score}_lo' in r: ax.plot([r[f'{score}_lo'], r[f'{score}_hi']], [y, y], color=color, linewidth=3)
@@ -202,6 +203,7 @@ def draw_scores(
            title=f"{split}: {shown[0]['n']} forecasts")
     return ax
 
+# %% ../../nbs/precipitation/15_evaluation.ipynb #8bb92bed
 COLORS = ('0.8', '0.5', '#E69F00', '#009E73', '#56B4E9', '#D55E00', '#CC79A7')
 
 def _color(names, name): return '#0072B2' if name == names[-1] else COLORS[names.index(name) % len(COLORS)]
@@ -232,6 +234,7 @@ def draw_spectra(
     ax.set_xticks(ticks, labels=map(str, ticks)); ax.minorticks_off(); ax.invert_xaxis()
     return ax
 
+# %% ../../nbs/precipitation/15_evaluation.ipynb #ca289190
 def draw_run(
     run: Run, # Trained
     rows: list[dict], # As `score_rows` gives them, with the test among them
@@ -250,15 +253,13 @@ def draw_run(
     return fig
 
 # %% ../../nbs/precipitation/15_evaluation.ipynb #4390da48
-def _region_of(data): return data.region and RegionConfig(**data.region.to_dict())
-
 def write_predictions(
     run: Run, # Trained
     maps: int = 4, # Maps to draw, spread over the test
 ) -> list[Path]: # `predictions.nc` and the maps
     "Write the test forecasts into the run's folder."
     data = run.datamodule
-    forecast = forecast_series(run.forecaster, data.atmosphere, _region_of(data), data.target_times('test'), data.eval_batch_size)
+    forecast = forecast_series(run.forecaster, data.atmosphere, data.region, data.target_times('test'), data.eval_batch_size)
     return write_forecast(run.folder, forecast, data.atmosphere, maps)
 
 # %% ../../nbs/precipitation/15_evaluation.ipynb #b5122b25
@@ -273,7 +274,9 @@ def describe(
     parts = {p: dict(windows=len(w), first=str(data.target_times(p)[0])[:16], last=str(data.target_times(p)[-1])[:16]) for p, w in data.windows.items()}
     return dict(task='precipitation', run=run.folder.name, protocol=data.protocol_name, window_size=data.window_size, target_offset=data.target_offset,
                 step=f"{data.step/np.timedelta64(1, 'h'):g}h", coarsen=data.coarsen, region=data.region and data.region.to_dict(), data=parts,
-                checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
+                trained_on_val=_trained_on_val(run), checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
+
+def _trained_on_val(run): return bool(run.config['data']['init_args'].get('train_on_val'))
 
 # %% ../../nbs/precipitation/15_evaluation.ipynb #0f183ae3
 def report(
@@ -284,7 +287,7 @@ def report(
     data, forecaster, counts = run.datamodule, run.forecaster.eval(), {}
     print('fitting the baselines ...', flush=True)
     baselines = fit_baselines(data)
-    for split in ('val', 'test'):
+    for split in ('val', 'test')[_trained_on_val(run):]:
         print(f'scoring the {split} part ...', flush=True)
         counts[split] = tally(forecaster, {name: m for name, (_, m) in baselines.items()}, data.fields(split), data.target_times(split))
     rows = [r for split, c in counts.items() for r in score_rows(c, split, data.protocol_name)]
