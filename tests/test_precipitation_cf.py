@@ -12,6 +12,7 @@ from torch import nn
 from geoforecast.core import BundleError, ConfigError, DataError, project_root
 from geoforecast.geo.io import read_netcdf, write_netcdf, write_zarr
 from geoforecast.learn.bundle import load_bundle, save_bundle
+from geoforecast.learn.ensemble import Ensemble
 from geoforecast.precipitation.atmosphere import open_atmosphere
 from geoforecast.precipitation.channels import channels_of
 from geoforecast.precipitation.forecaster import PrecipitationForecaster
@@ -125,6 +126,37 @@ def test_rolling_forecasts_keep_to_cf(tmp_path):
     assert good, report
     last = atmosphere.precipitation.sel(time=rolled.forecast_reference_time.values).values
     np.testing.assert_allclose(rolled.precipitation, np.stack([last] * 3), atol=1e-3)
+
+
+def test_an_ensemble_forecasts_the_mean_of_its_members(tmp_path):
+    atmosphere = open_atmosphere(archive(tmp_path / "source.nc"))
+    light, heavy = (model_of(atmosphere, head=MeanHead(space)) for space in ("mm", "log"))
+    forecast = forecast_series(Ensemble([light, heavy]), atmosphere)
+    mean = (forecast_series(light, atmosphere).precipitation + forecast_series(heavy, atmosphere).precipitation) / 2
+    np.testing.assert_allclose(forecast.precipitation, mean, atol=1e-4)
+    np.testing.assert_allclose(forecast.quantiles.sel(quantile=0.5), mean, atol=1e-4)
+    good, report = compliant(write_forecast(tmp_path, forecast)[0], tmp_path)
+    assert good, report
+
+
+def test_data_opened_at_another_step_stays_as_it_is(tmp_path):
+    ds = simulate_atmosphere(n_times=12, step="6h", start="2090-06-01", lat=(40.0, 50.0), lon=(0.0, 10.0), levels=(500, 850), variables=("DPT", "TEM"))
+    atmosphere = open_atmosphere(write_netcdf(tmp_path / "source.nc", ds), step="6h")
+    model = model_of(atmosphere)
+    rain = generate_predictions(model, atmosphere)
+    assert (np.diff(rain.time) == np.timedelta64(6, "h")).all() and len(rain) == 10
+    good, report = compliant(write_forecast(tmp_path, forecast_series(model, atmosphere))[0], tmp_path)
+    assert good, report
+
+
+def test_too_little_memory_names_the_knobs(tmp_path):
+    class Hungry(LastRain):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    atmosphere = open_atmosphere(archive(tmp_path / "source.nc"))
+    with pytest.raises(ConfigError, match="cpu ran out of memory on 8 windows.*lower batch_size"):
+        forecast_series(model_of(atmosphere, Hungry), atmosphere)
 
 
 @pytest.fixture

@@ -229,8 +229,8 @@ def as_source(
 ) -> xr.Dataset: # For `write_netcdf`
     "Return a forecast to the coordinates of its source; all times get one unit, since bounds must have that of their coordinate."
     ds = to_source_convention(forecast, forecast.attrs) if 'convention' in forecast.attrs else forecast
-    unit = dict(units='seconds since 1970-01-01', calendar='standard')
-    def count(v): return v.values.astype('datetime64[s]').astype(np.int64)
+    unit = dict(units='minutes since 1970-01-01', calendar='standard')
+    def count(v): return v.values.astype('datetime64[m]').astype(np.int64)
     ds = ds.assign({k: (v.dims, count(v), v.attrs | (unit if k != 'time_bnds' else {})) for k, v in ds.variables.items() if v.dtype.kind == 'M'})
     return ds.drop_attrs(deep=False).assign_attrs(title='Forecast of precipitation', source='geoforecast')
 
