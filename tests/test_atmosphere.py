@@ -173,6 +173,23 @@ def test_refusals(made):
     with pytest.raises(DataError, match='latitude'): open_atmosphere(made.rename(lat='row'))
 
 
+def test_oddities(made):
+    expected = open_atmosphere(made)
+    old, new = made.where(made.time < made.time[30]), made.where(made.time >= made.time[30])
+    same(open_atmosphere(xr.concat([old, new], pd.Index([1, 5], name='expver'))), expected, 0)
+    single = open_atmosphere(made.sel(level=500))
+    np.testing.assert_array_equal(single.level, [500])
+    same(single, expected.sel(level=[500]), 0)
+    around = made.isel(lon=slice(7)).assign_coords(lon=np.arange(0, 361, 60.))
+    assert open_atmosphere(around).lon.values.tolist() == [0, 60, 120, 180, 240, 300]
+    few, said = warned([made.drop_vars('DPT'), made[['DPT']].sel(level=[500])])
+    assert few.level.values.tolist() == [500] and 'levels 850 hPa are left out' in said
+    slow = made.drop_vars('precipitation').sel(time=made.time.dt.hour % 6 == 0)
+    same(open_atmosphere([slow, made[['precipitation']]]), expected, 0)
+    daily = open_atmosphere([slow.sel(time=slow.time.dt.hour == 0), made[['precipitation']]])
+    assert daily.attrs['step'] == '24h' and daily.sizes['time'] == 3
+
+
 def test_block_means(made):
     expected, ds = open_atmosphere(made), open_atmosphere(made, coarsen=2)
     np.testing.assert_allclose(ds.TEM[..., 1, 2], expected.TEM[..., 2:4, 4:6].mean(('lat', 'lon')), rtol=1e-6)

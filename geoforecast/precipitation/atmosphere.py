@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LARGE', 'TRACE', 'find_axis', 'pressure_levels', 'unroll_longitudes', 'valid_times', 'place_field', 'open_sources',
            'in_reach', 'read_fields', 'join_fields', 'to_steps', 'check_values', 'limit_dew_point', 'repair',
-           'block_means', 'source_convention', 'open_atmosphere', 'to_source_convention']
+           'block_means', 'source_convention', 'open_atmosphere', 'from_arrays', 'to_source_convention']
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #3686742a
 import json
@@ -33,8 +33,9 @@ def find_axis(
 ) -> str | None: # Name of the coordinate; None where there is none
     "Find a coordinate of a variable; raise `DataError` for layers of a model in place of pressure levels."
     standard, words = _AXES[axis]
-    layers = [n for n, c in field.coords.items() if n.lower() in _LAYERS or 'hybrid' in str(c.attrs.get('standard_name', '')) + str(c.attrs.get('long_name', ''))]
-    if axis == 'level' and layers: raise DataError(f"variable '{field.name}' lies on model levels ('{layers[0]}'), not on pressure levels; interpolate it to pressure, or download pressure levels")
+    layers = [n for n, c in field.coords.items() if n.lower() in _LAYERS or str(c.attrs.get('standard_name', '')).startswith('atmosphere_')]
+    if axis == 'level' and layers:
+        raise DataError(f"variable '{field.name}' lies on model levels ('{layers[0]}'), not on pressure levels; interpolate it, or download pressure levels")
     found = [n for n, c in field.coords.items() if c.attrs.get('standard_name') == standard or n.lower() in words]
     return next(iter(sorted(found, key=lambda n: n not in field.dims)), None)
 
@@ -44,11 +45,11 @@ def pressure_levels(
     "Read levels as pressure; raise `DataError` where they are none."
     unit, values = plain_unit(levels.attrs.get('units', '')), np.atleast_1d(levels.values).astype(float)
     if not unit and len(values) > 3 and (np.abs(np.diff(np.sort(values))) == 1).all():
-        raise DataError(f"'{levels.name}' counts {values.min():g} to {values.max():g} without a unit: model levels, not pressure levels; interpolate to pressure, or download pressure levels")
+        raise DataError(f"'{levels.name}' counts {values.min():g} to {values.max():g} without a unit: model levels, not pressure levels; interpolate to pressure")
     unit = unit or ('hPa' if levels.name.lower() == 'isobaricinhpa' or values.max() <= 1100 else 'Pa')
     try: hpa = np.round(convert_units(values, unit, 'hPa'), 6)
     except DataError as e: raise DataError(f"the levels '{levels.name}' are no pressure: {e}") from e
-    if hpa.min() <= 0 or hpa.max() > 1100: raise DataError(f"the levels '{levels.name}' reach from {hpa.min():g} to {hpa.max():g} hPa; pressure levels lie between 0 and 1100, check their unit")
+    if hpa.min() <= 0 or hpa.max() > 1100: raise DataError(f"the levels '{levels.name}' reach from {hpa.min():g} to {hpa.max():g} hPa, not from 0 to 1100; check their unit")
     return hpa
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #89dec8ec
@@ -68,10 +69,12 @@ def valid_times(
     field: xr.DataArray, # With any of `time`, `step` and `valid_time`
 ) -> xr.DataArray: # With one axis `time`
     "Put a variable on the times that its values are valid for; raise `DataError` where it has no time."
-    moments = field.coords.get('valid_time', next((c for c in field.coords.values() if c.dtype.kind == 'M' and c.dims in ((c.name,), ())), None))
-    if moments is None or moments.dtype.kind != 'M': raise DataError(f"variable '{field.name}' has no time in the standard calendar; convert it with data.convert_calendar('standard')")
+    standard = [c for c in field.coords.values() if c.dtype.kind == 'M' and c.ndim <= 1]
+    moments = field.coords.get('valid_time', next(iter(standard), None))
+    if moments is None or moments.dtype.kind != 'M':
+        raise DataError(f"variable '{field.name}' has no time in the standard calendar; convert it with data.convert_calendar('standard')")
     dims, values = moments.dims, moments.values
-    field = field.drop_vars([n for n, c in field.coords.items() if set(c.dims) & set(dims) or n in ('time', 'step', 'valid_time', 'forecast_reference_time') and not c.dims])
+    field = field.drop_vars([n for n, c in field.coords.items() if set(c.dims) & set(dims) or n in ('time', 'step', 'valid_time') and not c.dims])
     if not dims: return field.expand_dims(time=[values])
     if len(dims) == 1: return field.rename({dims[0]: 'time'}).assign_coords(time=values)
     return field.stack(moment=dims, create_index=False).rename(moment='time').assign_coords(time=values.ravel()).dropna('time', how='all')
@@ -82,18 +85,17 @@ def place_field(
 ) -> xr.DataArray: # (time, level, lat, lon), or (time, lat, lon) where it has no level; all ascending
     "Rename and sort a variable's axes; raise `DataError` for an axis that is missing, that has two dimensions, or that is not known."
     field = valid_times(field.max('expver') if 'expver' in field.dims else field)
-    names = {axis: find_axis(field, axis) for axis in _AXES}
+    names = {axis: name for axis in _AXES if (name := find_axis(field, axis))}
     for axis in ('lat', 'lon'):
-        if names[axis] is None: raise DataError(f"variable '{field.name}' has no {_AXES[axis][0]} among its coordinates {', '.join(map(str, field.coords))}")
-        if field[names[axis]].ndim != 1: raise DataError(f"variable '{field.name}': {names[axis]} is not an axis of a regular grid but has {field[names[axis]].ndim} dimensions; regrid it to longitude and latitude")
-    level = names['level']
-    if level and field[level].ndim == 0: field = field.expand_dims(level)
-    dims = {field[n].dims[0]: axis for axis, n in names.items() if n}
-    other = [d for d in field.dims if d not in (*dims, 'time')]
-    if any(field.sizes[d] > 1 for d in other): raise DataError(f"variable '{field.name}' has the dimension {', '.join(f'{d} ({field.sizes[d]})' for d in other)}; select one of it")
-    levels, lat, lon = (field[n].copy() if n else None for n in (level, names['lat'], names['lon']))
-    field = field.squeeze(other).reset_coords(drop=True).drop_vars([n for n in field.coords if n in names.values()], errors='ignore').rename(dims)
-    field = field.assign_coords(lat=lat.values, lon=unroll_longitudes(lon.values)) if level is None else field.assign_coords(level=pressure_levels(levels), lat=lat.values, lon=unroll_longitudes(lon.values))
+        if axis not in names: raise DataError(f"variable '{field.name}' has no {_AXES[axis][0]} among its coordinates {', '.join(map(str, field.coords))}")
+        if field[names[axis]].ndim != 1: raise DataError(f"variable '{field.name}': {names[axis]} is no axis of a regular grid; regrid it to longitude and latitude")
+    if 'level' in names and field[names['level']].ndim == 0: field = field.expand_dims(names['level'])
+    read = dict(lat=lambda c: c.values, lon=lambda c: unroll_longitudes(c.values), level=pressure_levels)
+    coords = {axis: (field[name].dims[0], read[axis](field[name])) for axis, name in names.items()}
+    other = {d: n for d, n in field.sizes.items() if d not in ('time', *(d for d, _ in coords.values()))}
+    if any(n > 1 for n in other.values()): raise DataError(f"variable '{field.name}' has the dimensions {other} beside time, level, latitude and longitude; select one of each")
+    field = field.squeeze(list(other)).drop_vars([n for n in field.coords if n != 'time'])
+    field = field.rename({d: axis for axis, (d, _) in coords.items()}).assign_coords({axis: v for axis, (_, v) in coords.items()})
     _, first = np.unique(np.round(field.lon.values % 360, 6), return_index=True)
     order = [d for d in ('level', 'lat', 'lon') if d in field.dims]
     return field.isel(lon=np.sort(first)).sortby(order).transpose('time', *order)
@@ -140,6 +142,7 @@ def read_fields(
     for given in data.data_vars.values():
         name = find_variable(given.name, given.attrs)
         if name is None or name != RAIN and find_axis(given, 'level') is None: continue
+        if name == RAIN: given = given.drop_vars([n for n in [find_axis(given, 'level')] if n and n not in given.dims])
         if name in fields: raise DataError(f"variables '{fields[name].name}' and '{given.name}' are both {TABLE[name].standard_name}; leave one out")
         field = place_field(given).astype('float32')
         field.attrs = dict(units=unit_of(field, name), source=f"{given.name} ({unit_of(field, name)})")
@@ -189,11 +192,14 @@ def to_steps(
         rain.attrs['source'] += ', running totals' + (f', anew every {period/_HOUR:g} h' if period else '')
     if length != source: rain = accumulate(rain, length)
     for name, f in states.items():
-        if not (f.lat.equals(rain.lat) and f.lon.equals(rain.lon)): raise DataError(f'{name} and {RAIN} lie on different grids, {f.shape[-2:]} and {rain.shape[-2:]} points; regrid one of them')
+        if not (f.lat.equals(rain.lat) and f.lon.equals(rain.lon)):
+            raise DataError(f'{name} and {RAIN} lie on different grids, {f.shape[-2:]} and {rain.shape[-2:]} points; regrid one of them')
     return xr.merge([f.rename(n) for n, f in {**states, RAIN: rain}.items()], join='inner', combine_attrs='override'), length
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #be824830
 TRACE = 1e-4 # mm
+
+def _count(wrong): return f'{wrong.sum():,} of {wrong.size:,} values'
 
 def _when(field, wrong): return str(field.time.values[np.nonzero(wrong)[0][0]])[:16]
 
@@ -204,13 +210,14 @@ def check_values(
     name, values, limits = field.name, field.values, TABLE[field.name]
     wrong = np.isinf(values) | (values > limits.high) | (values < limits.low if name != RAIN else False)
     if wrong.any():
-        raise DataError(f"{name}: {wrong.sum():,} of {values.size:,} values are infinite or outside {limits.low:g} to {limits.high:g} {limits.unit}, the first {values[wrong][0]:g} at {_when(field, wrong)}; check the unit and the fill value of the source")
+        raise DataError(f'{name}: {_count(wrong)} are infinite or outside {limits.low:g} to {limits.high:g} {limits.unit}, the first {values[wrong][0]:g} '
+                        f'at {_when(field, wrong)}; check the unit and the fill value of the source')
     missing = np.isnan(values)
-    if missing.any(): warnings.warn(f"{name}: {missing.sum():,} of {values.size:,} values are missing, first at {_when(field, missing)}")
+    if missing.any(): warnings.warn(f'{name}: {_count(missing)} are missing, first at {_when(field, missing)}')
     if name != RAIN: return field
     negative, trace = values < 0, (values > 0) & (values < TRACE)
-    if negative.any(): warnings.warn(f"{name}: {negative.sum():,} of {values.size:,} values are negative, {values[negative].min():.3g} mm at most; they become 0")
-    if trace.any(): warnings.warn(f"{name}: {trace.sum():,} of {values.size:,} values are traces below {TRACE:g} mm; they become 0")
+    if negative.any(): warnings.warn(f'{name}: {_count(negative)} are negative, {values[negative].min():.3g} mm at most; they become 0')
+    if trace.any(): warnings.warn(f'{name}: {_count(trace)} are traces below {TRACE:g} mm; they become 0')
     return field.where(~(negative | trace), 0)
 
 def limit_dew_point(
@@ -220,7 +227,7 @@ def limit_dew_point(
     "Lower a dew point to the temperature where it is above."
     excess = (dew - temperature).values
     above = excess > 0
-    if above.any(): warnings.warn(f"{dew.name}: {above.sum():,} of {above.size:,} values lie above the temperature, by {excess[above].max():.2g} K at most; they become the temperature")
+    if above.any(): warnings.warn(f'{dew.name}: {_count(above)} lie above the temperature, by {excess[above].max():.2g} K at most; they become the temperature')
     return xr.where(above, temperature, dew, keep_attrs=False).rename(dew.name).assign_attrs(dew.attrs)
 
 def repair(
@@ -242,7 +249,7 @@ def block_means(
     size = ds.sizes['lat'], ds.sizes['lon']
     if coarsen > min(size): raise DataError(f'blocks of {coarsen} x {coarsen} points do not fit into {size[0]} x {size[1]}')
     left = [n % coarsen for n in size]
-    if any(left): warnings.warn(f'{left[0]} northern rows and {left[1]} eastern columns of {size[0]} x {size[1]} fill no block of {coarsen} x {coarsen} points and are left out')
+    if any(left): warnings.warn(f'{left[0]} northern rows and {left[1]} eastern columns of {size[0]} x {size[1]} fill no block of {coarsen} x {coarsen} points; left out')
     return ds.coarsen(lat=coarsen, lon=coarsen, boundary='trim').mean(keep_attrs=True).astype('float32')
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #768d09b0
@@ -258,7 +265,6 @@ def _derive(fields):
     humidity = [n for n in ('Q', 'R') if n in fields]
     dry = {n: f for n, f in fields.items() if n not in ('Q', 'R')}
     if 'DPT' in dry or not humidity or humidity == ['R'] and 'TEM' not in dry: return dry
-    if humidity[0] == 'R' and not fields['R'].level.equals(fields['TEM'].level): fields = dict(zip(fields, xr.align(*fields.values(), join='inner', exclude=['time'])))
     dew = derive_dew_point(*([fields['Q']] if 'Q' in fields else [None, fields['R'], fields['TEM']]))
     return dry | {'DPT': dew.astype('float32').assign_attrs(units='K', source=fields[humidity[0]].attrs['source'])}
 
@@ -266,7 +272,8 @@ def _common_levels(states):
     sets = {n: set(f.level.values) for n, f in states.items()}
     common, every = set.intersection(*sets.values()), set.union(*sets.values())
     if not common: raise DataError('the variables have no pressure level in common: ' + '; '.join(f'{n} {sorted(s)}' for n, s in sets.items()))
-    if every - common: warnings.warn(f"the levels {', '.join(f'{v:g}' for v in sorted(every - common))} hPa are left out, because not all of {', '.join(sets)} have them")
+    left = ', '.join(f'{v:g}' for v in sorted(every - common))
+    if left: warnings.warn(f"the levels {left} hPa are left out, because not all of {', '.join(sets)} have them")
 
 def open_atmosphere(
     path, # NetCDF, Zarr, GRIB, a folder or list of them, or an xarray dataset
@@ -289,6 +296,22 @@ def open_atmosphere(
     for name, field in ds.data_vars.items(): field.attrs |= dict(units=TABLE[name].unit, standard_name=TABLE[name].standard_name)
     ds.attrs = dict(step=f'{length/_HOUR:g}h', coarsen=coarsen, convention=json.dumps(source_convention(sources)))
     return ds
+
+# %% ../../nbs/precipitation/03_atmosphere.ipynb #5b0555eb
+def from_arrays(
+    arrays: dict, # Name in `TABLE` to (time, level, lat, lon), or (time, lat, lon) for precipitation; in the table's units
+    time, # (T,) ends of the steps, UTC
+    level, # (L,) hPa
+    lat, # (H,) degrees north, in any order
+    lon, # (W,) degrees east, in any convention
+) -> xr.Dataset: # For `open_atmosphere`
+    "Put plain arrays on their axes; raise `DataError` for an unknown name or a shape that does not fit."
+    unknown = [n for n in arrays if n not in TABLE]
+    if unknown: raise DataError(f"unknown variables {', '.join(unknown)}; known: {', '.join(TABLE)}")
+    axes = dict(time=pd.DatetimeIndex(time), level=('level', np.asarray(level, float), dict(units='hPa')), lat=np.asarray(lat, float), lon=np.asarray(lon, float))
+    dims = {n: [d for d in axes if d != 'level' or n != RAIN] for n in arrays}
+    try: return xr.Dataset({n: (dims[n], np.asarray(v), dict(units=TABLE[n].unit)) for n, v in arrays.items()}, axes)
+    except ValueError as e: raise DataError(f'the arrays do not fit their axes: {e}') from e
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #4e970ff1
 def to_source_convention(

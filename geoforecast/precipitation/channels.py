@@ -35,8 +35,8 @@ TABLE = {v.name: v for v in (
     Variable('Q', 'kg kg-1', -.01, .1, 'specific_humidity', ('q', 'hus', 'shum')),
     Variable('R', '%', -50, 250, 'relative_humidity', ('r', 'hur', 'rh', 'rhum')),
     Variable('precipitation', 'mm', 0, 1000, 'precipitation_amount', (
-        'precip', 'rain', 'tp', 'pr', 'prate', 'apcp', 'mtpr', 'avg_tprate', 'tprate', 'total_precipitation', 'mean_total_precipitation_rate', 'time-mean_total_precipitation_rate',
-        'total_precipitation_rate', 'precipitation_flux', 'precipitation_rate', 'lwe_thickness_of_precipitation_amount', 'lwe_precipitation_rate')))}
+        'precip', 'rain', 'tp', 'pr', 'prate', 'apcp', 'mtpr', 'avg_tprate', 'tprate', 'total_precipitation', 'total_precipitation_rate',
+        'mean_total_precipitation_rate', 'time-mean_total_precipitation_rate', 'precipitation_flux', 'precipitation_rate', 'lwe_thickness_of_precipitation_amount', 'lwe_precipitation_rate')))}
 VARIABLES = ('DPT', 'GPH', 'TEM', 'U', 'V')
 LEVELS = (100, 150, 200, 250, 300, 400, 500, 700, 850, 925, 1000)
 RAIN = 'precipitation'
@@ -54,8 +54,8 @@ def find_variable(
     return next((_ALIASES[w] for w in words if w in _ALIASES), None)
 
 # %% ../../nbs/precipitation/01_channels.ipynb #006d197d
-_WORDS = {'Kg': 'kg', 'grams': 'g', 'gram': 'g', 'Kelvin': 'K', 'kelvin': 'K', 'degK': 'K', 'degree_C': 'degC', 'degrees_C': 'degC', 'meters': 'm', 'meter': 'm', 'metres': 'm', 'metre': 'm',
-          'gpm': 'm', 'hr': 'h', 'hour': 'h', 'hours': 'h', 'd': 'day', 'days': 'day', 'sec': 's', 'second': 's', 'seconds': 's'}
+_WORDS = {'Kg': 'kg', 'grams': 'g', 'gram': 'g', 'Kelvin': 'K', 'kelvin': 'K', 'degK': 'K', 'degree_C': 'degC', 'degrees_C': 'degC',
+          'meters': 'm', 'meter': 'm', 'metres': 'm', 'metre': 'm', 'gpm': 'm', 'hr': 'h', 'hour': 'h', 'hours': 'h', 'd': 'day', 'days': 'day', 'sec': 's', 'second': 's', 'seconds': 's'}
 
 def plain_unit(
     unit: str, # As written in a file
@@ -75,7 +75,8 @@ def unit_of(
 ) -> str: # In CF's spelling
     "Read a variable's unit; raise `DataError` where it has none and its name does not stand for one."
     given = str(field.attrs.get('units', '')).strip()
-    if not given and field.name != name: raise DataError(f"variable '{field.name}' ({TABLE[name].standard_name}) has no unit; set it, such as data['{field.name}'].attrs['units'] = '{TABLE[name].unit}'")
+    if not given and field.name != name:
+        raise DataError(f"variable '{field.name}' ({TABLE[name].standard_name}) has no unit; set it, such as data['{field.name}'].attrs['units'] = '{TABLE[name].unit}'")
     return plain_unit(given or TABLE[name].unit)
 
 def to_unit(

@@ -114,7 +114,8 @@ def _look(found, ds, window_size, target_offset):
     levels = [f'{v:g}' for v in LEVELS if v not in ds.level.values]
     if levels: found.missing.append(f"levels {', '.join(levels)} hPa of the {len(LEVELS)} usual ones")
     if len(ds.time) < 100: found.suspicious.append(f'only {len(ds.time)} steps; fewer than 100 teach little')
-    if min(ds.sizes['lat'], ds.sizes['lon']) < 10: found.suspicious.append(f"only {ds.sizes['lat']} x {ds.sizes['lon']} points; fewer than 10 x 10 show little of the weather around")
+    size = ds.sizes['lat'], ds.sizes['lon']
+    if min(size) < 10: found.suspicious.append(f'only {size[0]} x {size[1]} points; fewer than 10 x 10 show little of the weather around')
     starts, lost = uniform_windows(ds.time.values, pd.Timedelta(ds.attrs['step']).to_timedelta64(), window_size, target_offset)
     found.recognised.append(f'{len(starts):,} windows of {window_size} steps, the target {target_offset} after the last')
     if lost: found.missing.append(f'times: gaps take {lost:,} windows away')
