@@ -8,7 +8,8 @@ import pytest
 import torch
 import xarray as xr
 
-from geoforecast.precipitation.baselines import fit_baselines
+from geoforecast.learn.forecaster import Batch
+from geoforecast.precipitation.baselines import fit_baselines, fit_ridge
 from geoforecast.precipitation.data import PrecipitationDataModule
 from geoforecast.precipitation.evaluation import RainTally, score_rows, summary, verdict
 from geoforecast.precipitation.regions import RegionConfig
@@ -61,6 +62,21 @@ def test_one_forecast_has_scores_and_no_interval():
     rows = score_rows(RainTally(np.array(['2001-01-01'], 'datetime64[ns]'), states), 'all')
     assert rows[-1]['model'] == 'net' and rows[-1]['n'] == 1 and not any(k.endswith('_lo') for k in rows[-1])
     assert verdict(rows) == '' and 'net' in str(summary(rows))
+
+
+def test_a_cell_that_misses_days_is_fitted_on_the_others():
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(300, 2, 3, 4, 5)).astype(np.float32))
+    target = (x[:, -1, :1, :, 2:] + .1*torch.from_numpy(rng.normal(size=(300, 1, 4, 3)).astype(np.float32))).clamp(min=0)
+    hidden = torch.ones_like(target, dtype=torch.bool)
+    hidden[::3, 0, 1, 1] = False
+    def fitted(valid): return fit_ridge(*([Batch(x[part], target[part].where(valid[part], 99.), valid[part], torch.zeros(len(x[part]), 2), torch.zeros(0))]
+                                          for part in (slice(0, 200), slice(200, None))), torch.zeros(3), torch.ones(3))['mm'][1]
+    whole, partly = (fitted(valid).weight.unflatten(1, (4, 3)) for valid in (torch.ones_like(hidden), hidden))
+    others = torch.ones(4, 3, dtype=torch.bool)
+    others[1, 1] = False
+    assert torch.allclose(whole[:, others], partly[:, others], atol=1e-5)
+    assert .8 < (partly[:, 1, 1]*whole[:, 1, 1]).sum()/(whole[:, 1, 1]**2).sum() < 1.2, 'neither the values that are hidden nor the gaps pull'
 
 
 @pytest.mark.skipif(not DATA.is_file(), reason='no Iberian data under GEOFORECAST_DATA or ../shared/data')

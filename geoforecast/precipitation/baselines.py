@@ -152,14 +152,15 @@ def _means(rows):
     return n, x_sum / n, {space: s / count.clamp(min=1) for space, s in sums.items()}
 
 def _products(rows, x_mean, y_mean):
-    xx, xy, yy = 0., {space: 0. for space in SPACES}, {space: 0. for space in SPACES}
+    n, count, xx, xy, yy = 0, 0., 0., {space: 0. for space in SPACES}, {space: 0. for space in SPACES}
     for x, target, valid in rows:
         x = x - x_mean.float()
-        xx = xx + (x.T @ x).double()
+        n, count, xx = n + len(x), count + valid.double().sum(0), xx + (x.T @ x).double()
         for space, (to, _) in SPACES.items():
             y = (to(target) - y_mean[space].float()).where(valid, 0.)
             xy[space], yy[space] = xy[space] + (x.T @ y).double(), yy[space] + (y.double()**2).sum(0)
-    return xx, xy, yy
+    scale = n / count.clamp(min=1)
+    return xx, *({space: s * scale for space, s in sums.items()} for sums in (xy, yy))
 
 # %% ../../nbs/precipitation/11_baselines.ipynb #ae30bf1c
 PENALTIES = (.003, .01, .03, .1, .3, 1., 3.) # In units of the number of windows
