@@ -23,7 +23,7 @@ from .channels import RAIN, TABLE, channel_names, channels_of, split_channel, st
 def read_blocks(
     ds: xr.Dataset, # Standard data set, lazy or not
     channels: list[str] | None = None, # Those of the data where None
-    megabytes: float = 64., # Size of a block; a chunk of the file where that is larger
+    megabytes: float = 32., # Size of a block; a chunk of the file where that is larger
 ) -> Iterator[tuple[slice, np.ndarray]]: # Steps, and float32 (n, C, H, W)
     "Read a data set block by block, in order of time."
     channels = channels or channels_of(ds)
