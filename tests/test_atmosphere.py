@@ -171,6 +171,7 @@ def test_refusals(made):
     with pytest.raises(DataError, match='member'): open_atmosphere(made.expand_dims(member=2))
     with pytest.raises(DataError, match='leave one out'): open_atmosphere(made.assign(ta=made.TEM))
     with pytest.raises(DataError, match='latitude'): open_atmosphere(made.rename(lat='row'))
+    with pytest.raises(DataError, match='regular grid'): open_atmosphere(made.stack(values=('lat', 'lon')).reset_index('values'))
 
 
 def test_oddities(made):

@@ -20,7 +20,7 @@ from ..core import ConfigError, DataError, require
 from ..geo.grid import convert_units, wrap_longitude
 from ..geo.io import read_netcdf, read_zarr
 from .channels import RAIN, TABLE, VARIABLES, find_variable, plain_unit, to_unit, unit_of
-from .moisture import accumulate, derive_dew_point, rain_depth, time_step, total_amounts, total_period
+from .moisture import accumulate, derive_dew_point, rain_amounts, time_step
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #816cbd05
 _AXES = {'lat': ('latitude', ('lat', 'latitude', 'nav_lat')), 'lon': ('longitude', ('lon', 'longitude', 'nav_lon')),
@@ -86,9 +86,10 @@ def place_field(
     "Rename and sort a variable's axes; raise `DataError` for an axis that is missing, that has two dimensions, or that is not known."
     field = valid_times(field.max('expver') if 'expver' in field.dims else field)
     names = {axis: name for axis in _AXES if (name := find_axis(field, axis))}
-    for axis in ('lat', 'lon'):
-        if axis not in names: raise DataError(f"variable '{field.name}' has no {_AXES[axis][0]} among its coordinates {', '.join(map(str, field.coords))}")
-        if field[names[axis]].ndim != 1: raise DataError(f"variable '{field.name}': {names[axis]} is no axis of a regular grid; regrid it to longitude and latitude")
+    lacking = [_AXES[axis][0] for axis in ('lat', 'lon') if axis not in names]
+    if lacking: raise DataError(f"variable '{field.name}' has no {' and no '.join(lacking)} among its coordinates {', '.join(map(str, field.coords))}")
+    lat, lon = field[names['lat']], field[names['lon']]
+    if (lat.ndim, lon.ndim) != (1, 1) or lat.dims == lon.dims: raise DataError(f"variable '{field.name}' lies on no regular grid of {lat.name} and {lon.name}; regrid it")
     if 'level' in names and field[names['level']].ndim == 0: field = field.expand_dims(names['level'])
     read = dict(lat=lambda c: c.values, lon=lambda c: unroll_longitudes(c.values), level=pressure_levels)
     coords = {axis: (field[name].dims[0], read[axis](field[name])) for axis, name in names.items()}
@@ -122,6 +123,7 @@ def _open_grib(path):
     try: return require('cfgrib', 'grib').open_datasets(str(path), backend_kwargs=dict(indexpath=''))
     except (OSError, EOFError, ValueError, KeyError) as e: raise DataError(f'cannot read {path} as GRIB: {e}') from e
 
+# %% ../../nbs/precipitation/03_atmosphere.ipynb #eebc0299
 def in_reach(
     sources: list[xr.Dataset], # As `open_sources` gives them
 ) -> list[xr.Dataset]: # Only the variables that are needed, in memory or in pieces of time
@@ -134,6 +136,7 @@ def _chunked(data): return any(v.chunks is not None for v in data.variables.valu
 
 def _pieces(data): return data.chunk({d: 'auto' if d in ('time', 'valid_time') else -1 for d in data.dims})
 
+# %% ../../nbs/precipitation/03_atmosphere.ipynb #937f7a76
 def read_fields(
     data: xr.Dataset, # As a file has it
 ) -> dict[str, xr.DataArray]: # Name in `TABLE` to field; units converted, other than those of precipitation
@@ -185,11 +188,7 @@ def to_steps(
     rain, states = fields[RAIN], {n: f for n, f in fields.items() if n != RAIN}
     source = time_step(rain.time)
     length = _length(step) if step else max(pd.Timedelta('12h'), source, *(time_step(f.time) for f in states.values()))
-    rain = rain_depth(rain, source)
-    period = total_period(rain) if source < pd.Timedelta('1D') else None
-    if period is not None:
-        rain = total_amounts(rain, period)
-        rain.attrs['source'] += ', running totals' + (f', anew every {period/_HOUR:g} h' if period else '')
+    rain = rain_amounts(rain)
     if length != source: rain = accumulate(rain, length)
     for name, f in states.items():
         if not (f.lat.equals(rain.lat) and f.lon.equals(rain.lon)):

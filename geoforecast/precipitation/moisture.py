@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRIEST', 'TOLERANCE', 'saturation_pressure', 'dew_point', 'vapour_pressure', 'mixed_saturation_pressure',
-           'derive_dew_point', 'rain_depth', 'time_step', 'total_period', 'total_amounts', 'step_ends', 'accumulate']
+           'derive_dew_point', 'rain_depth', 'time_step', 'total_period', 'total_amounts', 'rain_amounts', 'step_ends',
+           'accumulate']
 
 # %% ../../nbs/precipitation/02_moisture.ipynb #c306acfe
 import numpy as np
@@ -39,7 +40,7 @@ def vapour_pressure(
 def mixed_saturation_pressure(
     temperature, # K
 ): # hPa
-    "Compute the saturation vapour pressure of the ECMWF: over ice below 250.16 K, over water above 273.16 K, a mixture between (Simmons et al., 1999)."
+    "Compute the saturation vapour pressure of the ECMWF: over ice below 250.16 K, over water above 273.16 K, a mixture between (IFS documentation, part IV, chapter 7; ice after Alduchov and Eskridge, 1996)."
     ice = 6.1121*np.exp(22.587*(temperature - 273.16)/(temperature + .7))
     liquid = ((temperature - 250.16)/23).clip(0, 1)**2
     return liquid*saturation_pressure(temperature) + (1 - liquid)*ice
@@ -108,6 +109,18 @@ def total_amounts(
     first_known = begins[:1].any() or bool((rain[0] == 0).all())
     known = np.append(first_known, np.diff(times) == time_step(times).to_timedelta64())
     return xr.concat([rain.isel(time=slice(1)), amounts], 'time').transpose(*rain.dims)[known].assign_attrs(rain.attrs)
+
+# %% ../../nbs/precipitation/02_moisture.ipynb #bf8f81e8
+def rain_amounts(
+    rain: xr.DataArray, # (time, lat, lon) with its attribute `units`
+) -> xr.DataArray: # mm a step; the attribute `source` says where totals were taken apart
+    "Bring rain of any unit and form to amounts."
+    step = time_step(rain.time)
+    depth = rain_depth(rain, step)
+    period = total_period(depth) if unit_of(rain, 'precipitation') in _DEPTH and step < pd.Timedelta('1D') else None
+    if period is None: return depth
+    anew = f', anew every {period.total_seconds()/3600:g} h' if period else ''
+    return total_amounts(depth, period).assign_attrs(source=f"{rain.attrs.get('source', rain.name)}, running totals{anew}")
 
 # %% ../../nbs/precipitation/02_moisture.ipynb #1448dd13
 def step_ends(
