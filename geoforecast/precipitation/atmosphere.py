@@ -73,7 +73,7 @@ def valid_times(
     moments = field.coords.get('valid_time', next(iter(standard), None))
     if moments is None or moments.dtype.kind != 'M':
         raise DataError(f"variable '{field.name}' has no time in the standard calendar; convert it with data.convert_calendar('standard')")
-    dims, values = moments.dims, moments.values
+    dims, values = moments.dims, moments.values.astype('M8[ns]')
     field = field.drop_vars([n for n, c in field.coords.items() if set(c.dims) & set(dims) or n in ('time', 'step', 'valid_time') and not c.dims])
     if not dims: return field.expand_dims(time=[values])
     if len(dims) == 1: return field.rename({dims[0]: 'time'}).assign_coords(time=values)
@@ -193,7 +193,10 @@ def to_steps(
     for name, f in states.items():
         if not (f.lat.equals(rain.lat) and f.lon.equals(rain.lon)):
             raise DataError(f'{name} and {RAIN} lie on different grids, {f.shape[-2:]} and {rain.shape[-2:]} points; regrid one of them')
-    return xr.merge([f.rename(n) for n, f in {**states, RAIN: rain}.items()], join='inner', combine_attrs='override'), length
+    ds = xr.merge([f.rename(n) for n, f in {**states, RAIN: rain}.items()], join='inner', combine_attrs='override')
+    pieces = [ds[n].chunks[0] for n in states if ds[n].chunks]
+    if pieces and ds[RAIN].chunks: ds[RAIN] = ds[RAIN].chunk(time=pieces[0])
+    return ds, length
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #be824830
 TRACE = 1e-4 # mm
