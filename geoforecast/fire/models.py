@@ -105,7 +105,7 @@ class UNet(unet.UNet):
         input_dim: int, # C, channels a day
         window_size: int, # T, days
         hidden_dims: tuple[int, ...] = (16, 32, 64), # Width of each level, finest first; small, since one fire is little data
-        norm: str = 'batch', # Normalisation, 'batch' or 'channel'
+        norm: str = 'batch', # Normalisation, 'batch' or 'channel'; with 'group' tiles would differ from the whole map
         dropout_rate: float = 0., # Share of channels dropped in each block
         fire_rate: float | None = None, # Share of burning pixels to start from
         static: tuple[int, ...] = (), # Positions of channels to take from the last day only

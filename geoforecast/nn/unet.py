@@ -7,6 +7,7 @@ __all__ = ['NORMS', 'flatten_time', 'flat_dim', 'ChannelNorm', 'double_conv', 'd
 
 # %% ../../nbs/nn/07_unet.ipynb #87969453
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class ChannelNorm(nn.Module):
         return F.layer_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.bias).movedim(-1, 1).to(x.dtype)
 
 # %% ../../nbs/nn/07_unet.ipynb #aaeac1b4
-NORMS = {'batch': nn.BatchNorm2d, 'channel': ChannelNorm}
+NORMS = {'batch': nn.BatchNorm2d, 'channel': ChannelNorm, 'group': partial(nn.GroupNorm, 4)}
 
 def double_conv(
     input_dim: int, # Channels in
@@ -80,7 +81,7 @@ class UNet(nn.Module):
         window_size: int, # T, steps
         output_dim: int = 1, # Channels of the output
         hidden_dims: tuple[int, ...] = (16, 32, 64), # Width of each level, finest first; small by default
-        norm: str = 'batch', # Normalisation, 'batch' or 'channel'
+        norm: str = 'batch', # Normalisation, a name in `NORMS`
         dropout_rate: float = 0., # Share of channels dropped in each block
         static: tuple[int, ...] = (), # Positions of channels to take from the last step only
     ):

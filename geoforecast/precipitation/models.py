@@ -42,8 +42,10 @@ class Encoder(nn.Module):
         hidden_dims: tuple[int, ...], # States of each scale, finest first
         kernel_size: int = 3, # Odd side of the neighbourhood, cells
         checkpointing: bool = False, # As in `ConvLSTM`
+        dropout_rate: float = 0., # Share of states dropped at each scale, the same ones at all steps
     ):
         super().__init__()
+        self.dropout = nn.Dropout3d(dropout_rate)
         self.levels = nn.ModuleList(ConvLSTM(a, (b,), kernel_size, checkpointing=checkpointing) for a, b in pairwise([input_dim, *hidden_dims]))
 
     def forward(self,
@@ -52,6 +54,7 @@ class Encoder(nn.Module):
         outputs = []
         for level in self.levels:
             x, _ = level(halve(x) if outputs else x)
+            x = self.dropout(x.transpose(1, 2)).transpose(1, 2)
             outputs.append(x)
         return outputs
 
@@ -88,17 +91,19 @@ class ConvLSTMUNet(nn.Module):
         hidden_dims: tuple[int, ...] = (32, 64), # States of each scale, finest first; the last is the bottleneck
         kernel_size: int = 3, # Odd side of the neighbourhood, cells
         checkpointing: bool = False, # Less memory in training for one more forward pass
+        dropout_rate: float = 0., # Share of states dropped at each scale of the encoder and before the output
     ):
         super().__init__()
         self.upstream_columns = upstream_columns
-        self.encoder = Encoder(input_dim, hidden_dims, kernel_size, checkpointing)
+        self.encoder = Encoder(input_dim, hidden_dims, kernel_size, checkpointing, dropout_rate)
         self.decoder = Decoder(hidden_dims, kernel_size, checkpointing)
+        self.dropout = nn.Dropout2d(dropout_rate)
         self.head = nn.Conv2d(hidden_dims[0], output_dim, 1)
 
     def forward(self,
         x: Tensor, # (B, T, C, H, W), normalised; any T, H and W
     ) -> Tensor: # (B, output_dim, H, W - upstream_columns)
-        return self.head(self.decoder(self.encoder(x))[..., self.upstream_columns:])
+        return self.head(self.dropout(self.decoder(self.encoder(x))[..., self.upstream_columns:]))
 
 # %% ../../nbs/precipitation/09_models.ipynb #a1dd7197
 class DualStreamConvLSTMUNet(nn.Module):
@@ -112,16 +117,17 @@ class DualStreamConvLSTMUNet(nn.Module):
         kernel_size: int = 3, # Odd side of the neighbourhood, cells
         upstream_bands: int = 4, # Bands of longitude that upstream is averaged to
         checkpointing: bool = False, # Less memory in training for one more forward pass
+        dropout_rate: float = 0., # Share of states dropped at each scale of the encoders and before the output
     ):
         super().__init__()
         if upstream_columns < 1: raise ConfigError('DualStreamConvLSTMUNet needs an upstream region; set include_upstream to true, or take ConvLSTMUNet')
         if len(hidden_dims) < 2: raise ConfigError(f'hidden_dims {tuple(hidden_dims)} leave no bottleneck to fuse at; give two widths or more')
         *widths, bottleneck = hidden_dims
         self.upstream_columns, self.upstream_bands = upstream_columns, upstream_bands
-        self.upstream = Encoder(input_dim, widths, kernel_size, checkpointing)
-        self.downstream = Encoder(input_dim, widths, kernel_size, checkpointing)
+        self.upstream, self.downstream = (Encoder(input_dim, widths, kernel_size, checkpointing, dropout_rate) for _ in range(2))
         self.bottleneck = ConvLSTM((1 + upstream_bands)*widths[-1], (bottleneck,), kernel_size, checkpointing=checkpointing)
         self.decoder = Decoder(hidden_dims, kernel_size, checkpointing)
+        self.dropout = nn.Dropout2d(dropout_rate)
         self.head = nn.Conv2d(hidden_dims[0], output_dim, 1)
 
     def forward(self,
@@ -130,7 +136,7 @@ class DualStreamConvLSTMUNet(nn.Module):
         upstream, downstream = x[..., :self.upstream_columns], x[..., self.upstream_columns:]
         skips = self.downstream(downstream)
         fused, _ = self.bottleneck(lay_bands(halve(self.upstream(upstream)[-1]), halve(skips[-1]), self.upstream_bands))
-        return self.head(self.decoder([*skips, fused]))
+        return self.head(self.dropout(self.decoder([*skips, fused])))
 
 def lay_bands(
     upstream: Tensor, # (B, T, C, h, any)
@@ -208,9 +214,9 @@ class UNet(unet.UNet):
         window_size: int = 6, # T, steps
         output_dim: int = 1, # Numbers a cell; what the head asks for
         upstream_columns: int = 0, # Columns in the west that are input only
-        hidden_dims: tuple[int, ...] = (16, 32, 64), # Width of each level, finest first
-        norm: str = 'batch', # Normalisation, 'batch' or 'channel'
-        dropout_rate: float = 0., # Share of channels dropped in each block
+        hidden_dims: tuple[int, ...] = (32, 64), # Width of each level, finest first
+        norm: str = 'group', # Normalisation, 'group', 'batch' or 'channel'; a region always comes whole, so its mean may be used
+        dropout_rate: float = 0.3, # Share of channels dropped in each block; a few thousand days are little data
     ):
         super().__init__(input_dim, window_size, output_dim, hidden_dims, norm, dropout_rate)
         self.upstream_columns = upstream_columns
