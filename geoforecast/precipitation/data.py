@@ -256,7 +256,7 @@ def target_times(self: PrecipitationDataModule,
 def _repr_html_(self: PrecipitationDataModule):
     cells = ''.join(f'<tr><th>{p}</th><td>{len(w)}</td><td>{str(self.target_times(p)[0])[:10]} … {str(self.target_times(p)[-1])[:10]}</td></tr>' for p, w in self.windows.items())
     grid = f'{len(self.lat)} x {len(self.lon)} points' + (f' and {self.upstream_columns} columns upstream' if self.upstream_columns else '')
-    caption = f"{len(self.channels)} channels, {grid}, steps of {pd.Timedelta(self.step)}, {self.dropped} windows lost to gaps"
+    caption = f"{len(self.channels)} channels, {grid}, steps of {pd.Timedelta(self.step)/pd.Timedelta('1h'):g} hours, {self.dropped} windows lost to gaps"
     return f'<table><caption>{escape(caption)}</caption><tr><th></th><th>windows</th><th>target times</th></tr>{cells}</table>'
 
 # %% ../../nbs/precipitation/08_data.ipynb #d9f55258
