@@ -108,6 +108,8 @@ def _fields(moisture, warmth, levels, lat, speed, noise):
     yield 'V', 'm s-1', np.broadcast_to(3*noise[3], temperature.shape)
 
 # %% ../../nbs/precipitation/06_simulate.ipynb #5bef8ef9
+_TRACE = 1e-4 # mm; the readers count less as dry
+
 def _axis(low, high, resolution, name):
     values = np.arange(low, high + resolution/2, resolution)
     word = {'lat': 'latitude', 'lon': 'longitude'}[name]
@@ -141,7 +143,8 @@ def simulate_atmosphere(
     speed = world.shift*resolution*_METRES/pd.Timedelta(step).total_seconds()
     for name, units, values in _fields(moisture[:, None], warmth, ds.level.values, ds.lat.values, speed, noise):
         if name in variables: ds[name] = dims, values.astype(np.float32), dict(units=units)
-    ds['precipitation'] = dims[:1] + dims[2:], world.rain_of(moisture).astype(np.float32), dict(units='mm', long_name='precipitation')
+    rain = world.rain_of(moisture).astype(np.float32)
+    ds['precipitation'] = dims[:1] + dims[2:], np.where(rain < _TRACE, np.float32(0), rain), dict(units='mm', long_name='precipitation')
     ds.attrs = dict(title='simulated atmosphere', step=step, coarsen=1, world=json.dumps(asdict(world)))
     if path: write_netcdf(path, ds)
     return ds
