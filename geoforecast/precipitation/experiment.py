@@ -135,6 +135,10 @@ def _in_words(row, share, names):
     percent = '{:+.1%} ({:+.1%} to {:+.1%})'.format(*share)
     return f"RMSE {row[first]:.3f} mm {first}, {row[second]:.3f} mm {second}: a gain of {gain} mm (95% interval {low} to {high}), {percent}. {finding.capitalize()}."
 
+def _tested(test):
+    if np.isnan(test.p_value): return 'Diebold-Mariano: nothing to test, the errors are the same at all times.'
+    return f"Diebold-Mariano: statistic {test.statistic:.2f}, p = {test.p_value:.2g}, {'' if test.p_value < .05 else 'not '}significant at 5%."
+
 def _where(field):
     better, worse = (int((field.better == sign).sum()) for sign in (1, -1))
     if not better + worse: return f'In none of {field.better.size} cells is the difference more than chance.'
@@ -144,9 +148,7 @@ def _where(field):
 def verdict(self: Comparison) -> str: # Three lines or four
     "Say what the intervals say."
     others = [r['finding'] for r in self.rows if r['score'] != 'rmse']
-    sure = '' if self.test.p_value < .05 else 'not '
-    text = [_in_words(self['rmse'], self.share, self.names),
-            f'Diebold-Mariano: statistic {self.test.statistic:.2f}, p = {self.test.p_value:.2g}, {sure}significant at 5%.',
+    text = [_in_words(self['rmse'], self.share, self.names), _tested(self.test),
             f"Of {len(others)} other scores {others.count('better')} are better and {others.count('worse')} worse; chance alone moves about {.05*len(others):.0f}. {_where(self.field)}"]
     if self.blocks < 10: text.append(f'The {self.n} forecasts make only {self.blocks:.0f} blocks of days: another period may say otherwise.')
     return '\n'.join(text)
