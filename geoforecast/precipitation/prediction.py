@@ -125,7 +125,7 @@ def _fields(model, raw, time):
     except torch.OutOfMemoryError as e:
         raise ConfigError(f'{model.device} ran out of memory on {len(raw)} windows of {tuple(raw.shape[1:])}; lower batch_size, coarsen the data, take a smaller region or forecast on the cpu') from e
     levels = torch.tensor(QUANTILES, device=raw.device)
-    spread = None if members is None else members.float().quantile(levels, dim=1).cpu().numpy()
+    spread = None if members is None or members.shape[1] < 2*len(QUANTILES) else members.float().quantile(levels, dim=1).cpu().numpy()
     return rain.float().cpu().numpy(), spread
 
 @torch.inference_mode()
