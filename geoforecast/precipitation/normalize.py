@@ -16,7 +16,7 @@ import xarray as xr
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import ConfigError, DataError, nearest, write_json
+from ..core import DataError, write_json
 from .channels import RAIN, TABLE, channel_names, channels_of, split_channel, stack_channels
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #b1a27023
