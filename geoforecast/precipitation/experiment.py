@@ -81,7 +81,7 @@ def gain_map(
     place = dict(lat=first.lat, lon=first.lon)
     about = {'rmse_gain': (gain, 'RMSE gain'), 'rmse_gain_lo': (lo, 'lower bound of the RMSE gain'), 'rmse_gain_hi': (hi, 'upper bound of the RMSE gain')}
     ds = xr.Dataset({k: (('lat', 'lon'), v, dict(units='mm', long_name=name)) for k, (v, name) in about.items()}, place)
-    return ds.assign(better=(('lat', 'lon'), (np.sign(gain)*sure).astype(np.int8), dict(units='1', long_name='first better (1), worse (-1), or not told apart (0)')))
+    return ds.assign(better=(('lat', 'lon'), (np.sign(np.nan_to_num(gain))*sure).astype(np.int8), dict(units='1', long_name='first better (1), worse (-1), or not told apart (0)')))
 
 # %% ../../nbs/precipitation/16_experiment.ipynb #da226866
 @dataclass(repr=False)
