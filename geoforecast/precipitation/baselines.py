@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_DAYS', 'MAX_INPUTS', 'SPACES', 'PENALTIES', 'Zero', 'Persistence', 'day_of_year', 'Climatology', 'fit_climatology',
-           'reduced', 'Ridge', 'fit_ridge', 'fit_baselines']
+           'reduced', 'smallest_block', 'Ridge', 'fit_ridge', 'fit_baselines']
 
 # %% ../../nbs/precipitation/11_baselines.ipynb #02523458
 from itertools import product
@@ -113,6 +113,17 @@ def reduced(
     return avg_pool2d(x.flatten(0, 1), block, ceil_mode=True).reshape(len(x), -1)
 
 # %% ../../nbs/precipitation/11_baselines.ipynb #eda6f662
+def _inputs(channels, shape, block): return channels * -(-shape[0] // block) * -(-shape[1] // block)
+
+def smallest_block(
+    channels: int, # Of the input
+    shape: list[int], # Rows and columns of the input
+) -> tuple[int, int]: # Cells on a side of a block, and values of a step
+    "Find the finest blocks whose values stay within `MAX_INPUTS`."
+    block = next(b for b in range(1, max(shape) + 1) if _inputs(channels, shape, b) <= MAX_INPUTS or b == max(shape))
+    return block, _inputs(channels, shape, block)
+
+# %% ../../nbs/precipitation/11_baselines.ipynb #5ab6f432
 SPACES = dict(mm=(lambda mm: mm, lambda y: y), log=(torch.log1p, torch.expm1)) # To the space of the regression, and back
 
 class Ridge(nn.Module):
@@ -121,22 +132,36 @@ class Ridge(nn.Module):
         channels: int, # Of the input, rain included
         shape: list[int], # Rows and columns of the input
         width: int, # Columns of the target, the last ones of the input
-        steps: int = 1, # Newest steps that are used
-        block: int = 1, # Cells on a side of averaged blocks
+        steps: int = 1, # Newest steps that are used, as far as `MAX_INPUTS` reaches
+        block: int | None = None, # Cells on a side of averaged blocks; as many as `MAX_INPUTS` asks for where None
         space: Literal['mm', 'log'] = 'mm', # What the regression predicts: mm or log(1 + mm)
         penalty: float = 0., # As it was chosen, in units of the number of windows
     ):
         super().__init__()
-        self.steps, self.block, self.space, self.penalty = steps, block, check_choice('space', space, SPACES), penalty
-        input_dim = steps * channels * -(-shape[0] // block) * -(-shape[1] // block)
+        self.block, a_step = (block, _inputs(channels, shape, block)) if block else smallest_block(channels, shape)
+        self.steps, self.space, self.penalty = max(1, min(steps, MAX_INPUTS // a_step)), check_choice('space', space, SPACES), penalty
+        input_dim = self.steps * a_step
         for name, value in dict(mean=torch.zeros(channels), std=torch.ones(channels), weight=torch.zeros(input_dim, shape[0] * width),
                                 bias=torch.zeros(shape[0] * width)).items(): self.register_buffer(name, value)
+
+    def regress(self,
+        inputs: Tensor, # (B, T, C, H, W), raw
+    ) -> Tensor: # (B, 1, H, W), in the space of the regression; may lie below 0
+        "Return the value of the line."
+        y = reduced(inputs, self.mean, self.std, self.steps, self.block) @ self.weight + self.bias
+        return y.view(len(y), 1, inputs.shape[-2], -1)
 
     def forward(self,
         batch: Batch, # Raw
     ) -> Tensor: # (B, 1, H, W) mm
-        y = reduced(batch.inputs, self.mean, self.std, self.steps, self.block) @ self.weight + self.bias
-        return SPACES[self.space][1](y).clamp(min=0).view(batch.target[:, -1:].shape)
+        return SPACES[self.space][1](self.regress(batch.inputs)).clamp(min=0)
+
+    def take(self,
+        other: 'Ridge', # Fitted on the same fields, with as many steps or fewer
+    ) -> 'Ridge': # This one
+        "Take over the weights of another; steps that it does not use weigh nothing."
+        for name, value in other.named_buffers(): getattr(self, name).zero_()[:len(value)] = value
+        return self
 
 # %% ../../nbs/precipitation/11_baselines.ipynb #cf6a223e
 def _rows(batches, mean, std, steps, block):
@@ -188,8 +213,7 @@ def fit_ridge(
     "Fit the regression in mm and in log(1 + mm)."
     first = next(iter(train))
     (_, window, channels, *shape), width = first.inputs.shape, first.target.shape[-1]
-    block = next(b for b in range(1, max(shape) + 1) if channels * -(-shape[0] // b) * -(-shape[1] // b) <= MAX_INPUTS or b == max(shape))
-    a_step = channels * -(-shape[0] // block) * -(-shape[1] // block)
+    block, a_step = smallest_block(channels, shape)
     most = max(1, min(window, MAX_INPUTS // a_step))
     how = mean, std, most, block
     n, x_mean, y_mean = _means(_rows(train, *how))

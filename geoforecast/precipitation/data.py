@@ -309,16 +309,17 @@ def predict_dataloader(self: PrecipitationDataModule) -> DataLoader:
 def complete(cls: PrecipitationDataModule,
     config: dict, # A composed configuration
 ) -> dict: # The same with what the model must know of the data
-    "Fill in channels, upstream columns and the fill policy where the model's inputs leave them open, and the length of the training."
+    "Fill in channels, upstream columns and the fill policy where the channels are left open, the shape of a first guess, and the length of the training."
     config = copy.deepcopy(config)
     options = dict(config['data'].get('init_args') or {})
     region = options.get('region')
     if isinstance(region, dict): options['region'] = RegionConfig(**((region.get('init_args') or {}) if 'class_path' in region else region))
-    data = cls(**options)
-    inputs = config['model']['init_args']['inputs']
-    known = inputs.setdefault('init_args', {})
-    for name in ('channels', 'upstream_columns', 'fill'):
-        if known.get(name) is None: known[name] = getattr(data, name)
-        if known[name] != getattr(data, name): raise ConfigError(f"model.inputs.{name} {known[name]} does not fit the data, whose {name} is {getattr(data, name)}; leave it to the data")
+    with warnings.catch_warnings(action='ignore'): data = cls(**options) # the data module of the run warns
+    model = config['model']['init_args']
+    known = model['inputs'].setdefault('init_args', {})
+    if known.get('channels') is None:
+        known |= {name: getattr(data, name) for name in ('channels', 'upstream_columns', 'fill')}
+        shape = [data.atmosphere.sizes[d] for d in ('lat', 'lon')]
+        if guess := model.get('first_guess'): guess['init_args'] = dict(channels=len(data.channels), shape=shape, width=len(data.lon), steps=data.window_size)
     if data.num_epochs: config.setdefault('trainer', {})['max_epochs'] = math.ceil(data.num_epochs*len(data.windows['train'])/data.samples_per_epoch)
     return config

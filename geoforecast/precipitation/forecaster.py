@@ -8,7 +8,6 @@ __all__ = ['StateLoss', 'LastChannelScores', 'PrecipitationForecaster', 'distrib
 # %% ../../nbs/precipitation/13_forecaster.ipynb #8cda1a58
 from typing import Callable
 
-import numpy as np
 import torch
 from fastcore.basics import noop, patch
 from fastcore.meta import delegates
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..core import ConfigError
 from ..learn.ensemble import Ensemble
 from ..learn.forecaster import Batch, Forecaster
+from .baselines import Ridge, fit_ridge
 from .heads import MeanHead, RainHead, RainLoss
 from .normalize import PrecipitationInputs
 from .scores import RainScores
@@ -62,6 +62,7 @@ class PrecipitationForecaster(Forecaster):
         window_size: int = 6, # Input steps
         target_offset: int = 1, # Steps from the last input to the target; the data follow it
         all_channels: bool = False, # Forecast the whole state, so that forecasts can be rolled on
+        first_guess: Ridge | None = None, # A regression whose forecast the network corrects; it is fitted before the training
         high_precip_weight: float = 3., # See `RainLoss`
         high_precip_threshold: float = 10., # mm a step
         logged: tuple[str, ...] = ('rmse', 'mae', 'bias', 'corr', 'csi_1', 'csi_5'), # Scores written as `val/…`
@@ -71,13 +72,19 @@ class PrecipitationForecaster(Forecaster):
         inputs, head = inputs or PrecipitationInputs(), head or MeanHead()
         if all_channels and (inputs.upstream_columns or head.output_dim > 1):
             raise ConfigError('all_channels rolls whole fields on: give a region without upstream (include_upstream: false) and a head of one value (MeanHead)')
+        if first_guess and (all_channels or type(head) is not MeanHead or head.space != 'mm'):
+            raise ConfigError("first_guess gives millimetres that the network corrects; it goes with MeanHead(space='mm') and without all_channels")
         output_dim = len(inputs.channels) if all_channels else head.output_dim
         loss = StateLoss(RainLoss(head, high_precip_weight, high_precip_threshold), inputs)
-        super().__init__(network(inputs.output_dim, window_size, output_dim, inputs.upstream_columns), inputs, loss, LastChannelScores(), logged=logged, logged_train=logged_train, **kwargs)
-        self.head, self.window_size, self.target_offset, self.all_channels = head, window_size, target_offset, all_channels
+        built = network(inputs.output_dim, window_size, output_dim, inputs.upstream_columns)
+        if first_guess: [nn.init.zeros_(p) for p in built.head.parameters()]
+        super().__init__(built, inputs, loss, LastChannelScores(), logged=logged, logged_train=logged_train, **kwargs)
+        self.head, self.first_guess, self.window_size, self.target_offset, self.all_channels = head, first_guess, window_size, target_offset, all_channels
 
     @property
-    def parts(self) -> dict[str, nn.Module]: "What a bundle keeps."; return super().parts | dict(head=self.head)
+    def parts(self) -> dict[str, nn.Module]:
+        "What a bundle keeps."
+        return super().parts | dict(head=self.head) | (dict(first_guess=self.first_guess) if self.first_guess else {})
 
 # %% ../../nbs/precipitation/13_forecaster.ipynb #f3c0e85f
 @patch
@@ -90,8 +97,16 @@ def setup(self: PrecipitationForecaster, stage: str):
     if data.upstream_columns != self.inputs.upstream_columns:
         raise ConfigError(f'the region has {data.upstream_columns} columns upstream, the model was made for {self.inputs.upstream_columns}; use the region it was made for')
     self.inputs.check_channels(data.channels)
-    if stage == 'fit': self.set_statistics(data.statistics)
-    self.inputs.lat = torch.as_tensor(np.asarray(data.lat), dtype=torch.float32, device=self.device)
+    if data.fill != self.inputs.fill: raise ConfigError(f'fill is {data.fill} in the data and {self.inputs.fill} in the model; set it to the same for both')
+    if stage == 'fit': self._fit_first(data)
+    self.inputs.lat = torch.tensor(data.lat, dtype=torch.float32, device=self.device)
+
+@patch
+def _fit_first(self: PrecipitationForecaster, data):
+    self.set_statistics(data.statistics)
+    if not self.first_guess: return
+    fitted = fit_ridge(data.fields('train'), data.fields('val'), self.inputs.mean.cpu(), self.inputs.std.cpu())['mm'][1]
+    self.first_guess.take(fitted)
 
 @patch
 def set_statistics(self: PrecipitationForecaster,
@@ -107,6 +122,7 @@ def set_statistics(self: PrecipitationForecaster,
 def _called(self: PrecipitationForecaster, network, raw, time):
     x = self.inputs(raw)
     z = network(x)
+    if self.first_guess: return self.head(z) + self.first_guess.regress(raw)
     if not self.all_channels: return self.head(z)
     return torch.cat([x[:, -1, :len(self.inputs.channels) - 1] + z[:, :-1], self.head(z[:, -1:])], 1)
 
