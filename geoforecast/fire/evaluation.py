@@ -25,7 +25,8 @@ from .channels import BAND, FireInputs
 from .data import FieldBatches, FireWindows, windows_of
 from .forecaster import FireForecaster
 from .models import BoxBlur, Logistic, Persistence
-from .prediction import forecast_bundle, forecasts, open_fires, save_figure, write_forecast
+from .prediction import forecast_bundle, forecasts, open_fires, write_forecast
+from ..geo.maps import save_figure
 from ..learn.bundle import Bundle, save_bundle
 from ..learn.ensemble import Ensemble, label
 from ..learn.forecaster import Batch

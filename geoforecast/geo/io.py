@@ -132,27 +132,30 @@ def cf_dataset(
     except DataError: y = x = None
     grid = grid_of(data) if y else None
     if grid: ds = ds.drop_vars('spatial_ref', errors='ignore').assign_coords({'spatial_ref': ((), np.int32(0), _spatial_ref(grid))})
+    bounds = {name: v.encoding['bounds'] for name, v in ds.variables.items() if v.encoding.get('bounds') in ds.variables}
     ds = _hours(ds.drop_encoding())
     for name, v in ds.variables.items():
         v.attrs = _plain_attrs(v.attrs)
         if name in (x, y): v.attrs = _coordinate(grid, 'X' if name == x else 'Y') | v.attrs
         elif grid and {x, y} <= set(v.dims): v.encoding['grid_mapping'] = 'spatial_ref'
+        if name in bounds: v.attrs = {'bounds': bounds[name]} | v.attrs
         if name == 'time' and v.dtype.kind == 'M': v.attrs = {'standard_name': 'time', 'axis': 'T'} | v.attrs
     return ds.assign_attrs(_stamp(_plain_attrs(ds.attrs), grid is not None and grid.approximate))
 
 # %% ../../nbs/geo/02_io.ipynb #7ef985b5
-def _time_encoding(values):
-    times = pd.DatetimeIndex(np.ravel(values))
+def _time_encoding(*values):
+    times = pd.DatetimeIndex(np.concatenate([np.ravel(v) for v in values]))
     unit, dtype = ('days', 'int32') if (times == times.normalize()).all() else ('seconds', 'float64')
     return dict(units=f'{unit} since 1970-01-01', dtype=dtype, calendar='standard')
 
 def _encoding(ds, chunk_key, compression):
     "Choose type, chunks and compression of every variable."
-    encoding = {}
+    encoding, bounded = {}, {v.attrs.get('bounds'): name for name, v in ds.variables.items()}
     for name, v in ds.variables.items():
         e = encoding[name] = dict(v.encoding)
         field = name in ds.data_vars and v.ndim >= 2
-        if v.dtype.kind == 'M': e |= _time_encoding(v.values)
+        ends = ds.variables.get(bounded.get(name, v.attrs.get('bounds')), v)
+        if v.dtype.kind == 'M': e |= _time_encoding(v.values, ends.values)
         elif v.dtype.kind == 'f' and field: e |= dict(dtype='float32')
         elif v.dtype == 'int64' and (v.size == 0 or abs(v).max() < 2**31): e |= dict(dtype='int32')
         if v.dtype.kind in 'fM': e['_FillValue'] = np.float32('nan') if field and v.dtype.kind == 'f' else None

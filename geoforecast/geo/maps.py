@@ -6,21 +6,23 @@
 __all__ = ['SCALES', 'PROBABILITY', 'FIRE', 'RAIN', 'DIFFERENCE', 'OKABE_ITO', 'HALO', 'GROUND', 'ROUND', 'natural_earth',
            'projection_of', 'extent_of', 'draw_graticule', 'map_axes', 'draw_coastlines', 'category_colors',
            'add_colorbar', 'draw_field', 'draw_box', 'terrain_shading', 'draw_outline', 'draw_scale_bar',
-           'draw_locator', 'draw_categories']
+           'draw_locator', 'draw_categories', 'save_figure']
 
 # %% ../../nbs/geo/03_maps.ipynb #27f55b8d
 from functools import lru_cache
 from importlib.resources import files
+from pathlib import Path
 import cartopy.crs as ccrs
 import matplotlib.pyplot as plt
 import numpy as np
 import shapely
 from matplotlib.colors import LightSource, LinearSegmentedColormap, ListedColormap, to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from pyproj import CRS, Geod
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, atomic_path
 from .grid import Grid, wrap_longitude
 from .io import grid_of
 
@@ -332,3 +334,13 @@ def draw_categories(
     handles = [Patch(color=colors[i], label=names[i]) for i in np.unique(values[known]).astype(int)]
     if legend: ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return artist
+
+# %% ../../nbs/geo/03_maps.ipynb #45301ac6
+def save_figure(
+    path: str | Path, # PNG to write
+    fig: Figure, # Closed afterwards
+) -> Path: # `path`
+    "Write a figure whole or not at all."
+    with atomic_path(path) as p: fig.savefig(p, dpi=110)
+    plt.close(fig)
+    return path

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core import write_json
+from ..geo.maps import save_figure
 from ..learn.bundle import Bundle, save_bundle
 from ..learn.ensemble import Ensemble, label
 from ..learn.forecaster import Batch
@@ -31,7 +32,7 @@ from .atmosphere import open_atmosphere
 from .baselines import fit_baselines
 from .data import PrecipitationDataset, stack_series, step_of, uniform_windows
 from .forecaster import PrecipitationForecaster, distribution
-from .prediction import cut_to_model, forecast_bundle, forecast_series, save_figure, write_forecast
+from .prediction import cut_to_model, forecast_bundle, forecast_series, write_forecast
 from .regions import RegionConfig
 from .scores import (THRESHOLDS, block_length, draw_rain_reliability, ensemble_scores_of, ensemble_states, goodness, radial_spectrum,
                                               rain_scores_of, rain_states)

@@ -21,9 +21,8 @@ from scipy.stats import false_discovery_control, norm
 
 from ..core import DataError, atomic_path, write_json
 from ..geo.io import read_netcdf, spatial_dims, write_netcdf
-from ..geo.maps import DIFFERENCE, draw_coastlines, draw_field, map_axes
+from ..geo.maps import DIFFERENCE, draw_coastlines, draw_field, map_axes, save_figure
 from ..learn.resample import DieboldMariano, bootstrap, diebold_mariano
-from .prediction import save_figure
 from .scores import block_length, goodness, rain_scores_of, rain_states
 
 # %% ../../nbs/precipitation/16_experiment.ipynb #2b683149

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEPTH', 'QUANTILES', 'BLOCK', 'MEMBERS', 'RAIN_LEVELS', 'RAIN_NORM', 'cut_to_model', 'forecast_times', 'locate',
            'raw_windows', 'forecast_series', 'load_model', 'generate_predictions', 'draw_prediction', 'prediction_map',
-           'as_source', 'save_figure', 'write_forecast', 'name_series', 'forecast_bundle']
+           'as_source', 'write_forecast', 'name_series', 'forecast_bundle']
 
 # %% ../../nbs/precipitation/14_prediction.ipynb #04df277b
 import json
@@ -20,10 +20,10 @@ import xarray as xr
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
-from ..core import BundleError, ConfigError, DataError, atomic_path, write_json
+from ..core import BundleError, ConfigError, DataError, write_json
 from ..geo.grid import Grid
 from ..geo.io import georeference, grid_of, write_netcdf
-from ..geo.maps import RAIN, add_colorbar, draw_box, draw_coastlines, draw_field, map_axes
+from ..geo.maps import RAIN, add_colorbar, draw_box, draw_coastlines, draw_field, map_axes, save_figure
 from ..learn.bundle import Bundle, load_bundle
 from ..learn.ensemble import Ensemble
 from .atmosphere import open_atmosphere, to_source_convention
@@ -227,34 +227,22 @@ def _around(extent):
 def as_source(
     forecast: xr.Dataset, # As `forecast_series` gives it
 ) -> xr.Dataset: # For `write_netcdf`
-    "Return a forecast to the coordinates of its source; all times get one unit, since bounds must have that of their coordinate."
+    "Return a forecast to the coordinates of its source."
     ds = to_source_convention(forecast, forecast.attrs) if 'convention' in forecast.attrs else forecast
-    unit = dict(units='minutes since 1970-01-01', calendar='standard')
-    def count(v): return v.values.astype('datetime64[m]').astype(np.int64)
-    ds = ds.assign({k: (v.dims, count(v), v.attrs | (unit if k != 'time_bnds' else {})) for k, v in ds.variables.items() if v.dtype.kind == 'M'})
     return ds.drop_attrs(deep=False).assign_attrs(title='Forecast of precipitation', source='geoforecast')
 
 # %% ../../nbs/precipitation/14_prediction.ipynb #19edcc62
-def save_figure(
-    path: str | Path, # PNG to write
-    fig: Figure, # Closed afterwards
-) -> Path: # `path`
-    "Write a figure whole or not at all."
-    with atomic_path(path) as p: fig.savefig(p, dpi=110)
-    plt.close(fig)
-    return path
-
 def write_forecast(
     folder: str | Path, # Where the files go
     forecast: xr.Dataset, # As `forecast_series` gives it
     atmosphere: xr.Dataset | None = None, # The input, for maps that show it
-    maps: int = 0, # Maps to draw, spread over the times
+    maps: int = 0, # Maps to draw, of the wettest time in each of so many equal parts of the series
     metadata: dict | None = None, # What else `metadata.json` shall say; no such file by default
 ) -> list[Path]: # The files
     "Write forecasts as `predictions.nc`, `prediction_map_{time}.png` and `metadata.json`."
     folder = Path(folder)
     files = [write_netcdf(folder/'predictions.nc', as_source(forecast))]
-    for i in np.unique(np.linspace(0, len(forecast.time) - 1, min(maps, len(forecast.time))).round().astype(int)):
+    for i in _wettest(forecast.precipitation, maps):
         name = f'prediction_map_{str(forecast.time.values[i])[:13]}.png'
         files.append(save_figure(folder/name, prediction_map(forecast.isel(time=i), atmosphere)))
     if metadata is None: return files
@@ -263,6 +251,12 @@ def write_forecast(
                  target=dict(west=west, east=east, south=south, north=north), step=forecast.attrs['step'], versions={p: version(p) for p in ('geoforecast', 'torch', 'xarray')})
     write_json(folder/'metadata.json', metadata | facts)
     return files + [folder/'metadata.json']
+
+def _wettest(rain, parts):
+    "Positions of the times with most rain, one in each of so many equal parts of a series."
+    if not parts: return []
+    amount = rain.mean(rain.dims[1:]).values
+    return [int(part[amount[part].argmax()]) for part in np.array_split(np.arange(len(amount)), min(parts, len(amount)))]
 
 # %% ../../nbs/precipitation/14_prediction.ipynb #b14b9df7
 def name_series(
