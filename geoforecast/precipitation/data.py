@@ -221,7 +221,7 @@ def _open(self: PrecipitationDataModule, step, coarsen):
     ds, self.upstream_columns = select_region(open_atmosphere(self.data_dir, step, coarsen), self.region)
     warn_small(ds, self.upstream_columns)
     self.atmosphere, self.channels, self.step, self.coarsen = ds, channels_of(ds), step_of(ds), coarsen
-    self.times, self.lat, self.lon = ds.time.values, ds.lat.values, ds.lon.values[self.upstream_columns:]
+    self.times, self.lat, self.lon = np.array(ds.time), np.array(ds.lat), np.array(ds.lon)[self.upstream_columns:] # copies, since PyTorch takes no read-only array
 
 @patch
 def _split(self: PrecipitationDataModule, options, train_on_val):
