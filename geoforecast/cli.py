@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING', 'tasks', 'evaluation_of', 'print_scores', 'add_training', 'read_options', 'check_options', 'refuse_slip',
            'describe_options', 'format_options', 'find_run', 'best_checkpoint', 'fit', 'use_checkpoint', 'train',
-           'add_model_use', 'score', 'forecast', 'add_information', 'describe_model', 'print_models', 'build_parser',
-           'main']
+           'add_model_use', 'score', 'forecast', 'compare', 'add_information', 'describe_model', 'print_models',
+           'build_parser', 'main']
 
 # %% ../nbs/cli.ipynb #feb6ba69
 import argparse
@@ -71,7 +71,7 @@ def add_training(
         parser.add_argument('-h', '--help', action='store_true', help='show this text, and with --config all options of that configuration')
         parser.add_argument('--config', help=f"a name that `geoforecast models` lists, or a YAML file{'; the settings of the run where missing' if first else ''}")
         parser.add_argument('--trainer', metavar='PRESET', help='settings of the trainer to lay over it, such as fire/test_short')
-        parser.add_argument('--data', metavar='PRESET', help='settings of the data to lay over it, such as fire/monotemporal')
+        parser.add_argument('--data', metavar='PRESET', help='settings of the data to lay over it, such as fire/monotemporal; or a file or folder of data')
         parser.add_argument('--name', help="the run's name, and that of its folder outputs/TASK/NAME (default: run)")
         parser.add_argument('--output_dir', metavar='FOLDER', help="the run's folder, where it shall lie elsewhere")
         which = "(default: the best in the run's folder)" if first else "to go on from (default: the run's own, where it was interrupted)"
@@ -100,7 +100,7 @@ def check_options(
     fixed: list[str], # The command's own options
 ):
     "Raise `ConfigError` for the first option that neither the command nor the configuration has."
-    from geoforecast.learn.launch import classes_first, compose, known_options
+    from geoforecast.learn.configuration import classes_first, compose, known_options
     for name, value in classes_first(options, config).items():
         try: config = compose(config, **{name: value})
         except ConfigError:
@@ -118,12 +118,12 @@ def describe_options(
     config: dict, # A whole configuration
 ) -> Iterable[tuple]: # Name, present value, meaning
     "Yield all options of a configuration."
-    from geoforecast.learn.launch import known_options
+    from geoforecast.learn.configuration import known_options
     for option in known_options(config):
         *path, name = option.split('.')
         section = config
         for part in path: section = _inner(section).get(part) or {}
-        own = {'': 'geoforecast.learn.launch.RunOptions', 'trainer': 'lightning.pytorch.Trainer'}
+        own = {'': 'geoforecast.learn.configuration.RunOptions', 'trainer': 'lightning.pytorch.Trainer'}
         default, meaning = _documented(own.get('.'.join(path)) or section['class_path']).get(name, (None, ''))
         value = _inner(section).get(name)
         value = default if value is None else value
@@ -195,10 +195,12 @@ def train(
     chosen, folder = read_options(words), None
     if command == 'fit' and not options.config: _ask_for_config(chosen, options.parser.names)
     if command != 'fit' and not options.help: folder = find_run(options)
-    from geoforecast.learn.launch import compose, launch
-    config = compose(options.config or folder/'cli_config.yaml', options.trainer, options.data)
+    from geoforecast.learn.configuration import compose
+    from geoforecast.learn.launch import launch
+    preset, own = (None, dict(data_dir=options.data)) if options.data and Path(options.data).exists() and not options.data.endswith('.yaml') else (options.data, {})
+    config = compose(options.config or folder/'cli_config.yaml', options.trainer, preset)
     check_options(chosen, config, options.parser.names)
-    own = {k: getattr(options, k) for k in ('name', 'output_dir', 'ckpt_path') if getattr(options, k)}
+    own |= {k: getattr(options, k) for k in ('name', 'output_dir', 'ckpt_path') if getattr(options, k)}
     chosen = {k: absolute_path(k, v) for k, v in (chosen | own).items()}
     if options.help: return print(f'{options.parser.format_help()}\noptions of {options.config}:\n{format_options(compose(config, **chosen))}')
     if options.print_config: return print(yaml.safe_dump(compose(config, **chosen), sort_keys=False), end='')
@@ -211,7 +213,7 @@ def train(
 
 def _ask_for_config(chosen, names):
     for name in chosen: refuse_slip(name, names)
-    from geoforecast.learn.launch import configs
+    from geoforecast.learn.configuration import configs
     raise ConfigError(f"--config is missing: give a YAML file or one of {', '.join(configs())}")
 
 # %% ../nbs/cli.ipynb #89c7bc40
@@ -225,7 +227,8 @@ def add_model_use(
     parser.add_argument('data', metavar='DATA', nargs='+', help='files, or folders of them')
     parser.add_argument('--out', metavar='FILE', help='write the rows of scores to this JSON file as well')
     parser = add_command(commands, 'forecast', forecast,
-                         'Forecast with a trained model: probabilities with coordinates as NetCDF and GeoTIFF, one subfolder a fire.', """forecast outputs/fire/demo/bundle data/my_fire.hdf5 --out outputs/my_fire
+                         'Forecast with a trained model: fields with coordinates, times and units, one subfolder a fire or series.', """forecast outputs/fire/demo/bundle data/my_fire.hdf5 --out outputs/my_fire
+                         forecast outputs/precipitation/demo/bundle era5_2024.nc era5_2025.nc --out outputs/rain --visualize
                          forecast outputs/fire/demo/bundle data/2020 --out outputs/season --visualize --date 2020-09-25""")
     parser.add_argument('bundle', metavar='BUNDLE', help="a trained model: the folder `bundle` of a run, or the run's folder")
     parser.add_argument('data', metavar='DATA', nargs='+', help='files, or folders of them')
@@ -233,6 +236,12 @@ def add_model_use(
     parser.add_argument('--visualize', action='store_true', help='draw a map of every day')
     parser.add_argument('--batch-size', type=positive, default=8, metavar='N', help='fields at once; less needs less memory (default: 8)')
     parser.add_argument('--date', type=date, metavar='YYYY-MM-DD', help='only the forecast for this day')
+    parser = add_command(commands, 'compare', compare, 'Compare two forecasts of the same time with the truth: all scores with paired intervals, and a map of where the first is better.',
+                         'compare outputs/precipitation/upstream/predictions.nc outputs/precipitation/plain/predictions.nc --truth era5.nc --out outputs/upstream_or_not')
+    for which in ('first', 'second'): parser.add_argument(which, metavar=f'PRED{1 + (which == "second")}', help='a predictions.nc')
+    parser.add_argument('--truth', metavar='DATA', required=True, help='what was observed')
+    parser.add_argument('--out', metavar='FOLDER', required=True, help='where the scores and the map go')
+    parser.add_argument('--names', nargs=2, default=('first', 'second'), help='what the two are called')
 
 def _open(bundle):
     from geoforecast.learn.bundle import load_bundle
@@ -254,6 +263,12 @@ def forecast(options: argparse.Namespace): # bundle, data, out, visualize, batch
     files = evaluation.forecast_bundle(bundle, options.data, options.out, visualize=options.visualize, batch_size=options.batch_size, date=options.date)
     for folder in dict.fromkeys(Path(f).parent for f in files): print_results(folder)
 
+def compare(options: argparse.Namespace): # first, second, truth, out, names
+    "Compare two forecasts of rain."
+    from geoforecast.precipitation.experiment import compare
+    print(compare(options.first, options.second, options.truth, options.out, tuple(options.names)).verdict())
+    print_results(options.out)
+
 # %% ../nbs/cli.ipynb #c0d1e876
 def add_information(
     commands, # Where they belong
@@ -269,7 +284,7 @@ def describe_model(
     import torch
     from jsonargparse import ArgumentParser
     from geoforecast.learn.forecaster import Forecaster
-    from geoforecast.learn.launch import compose
+    from geoforecast.learn.configuration import compose
     config = compose(name)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Forecaster, 'model')
@@ -282,7 +297,7 @@ def describe_model(
 def print_models(options: argparse.Namespace):
     "Print the configurations."
     import pandas as pd
-    from geoforecast.learn.launch import configs
+    from geoforecast.learn.configuration import configs
     print(pd.DataFrame([describe_model(name) for name in configs()]).to_string(index=False))
     print('\nrows and columns are those of the crops in training; a trained network takes fields of any size')
     for kind in ('trainer', 'data'): print(f"presets for --{kind}: {', '.join(configs(kind))}")
@@ -291,7 +306,7 @@ def print_models(options: argparse.Namespace):
 def build_parser() -> Parser:
     "Declare all commands."
     from geoforecast import __version__
-    parser = Parser('geoforecast', description='Forecast wildfire spread: train networks, score them beside baselines, forecast with maps and georeferenced files.',
+    parser = Parser('geoforecast', description='Forecast wildfire spread and regional rain: train networks, score them beside baselines, forecast with maps and georeferenced files.',
                     epilog='Every command explains itself: geoforecast COMMAND --help')
     parser.add_argument('--version', action='version', version=f'geoforecast {__version__}')
     commands = parser.add_subparsers(metavar='command', dest='command')

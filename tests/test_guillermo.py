@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import geoforecast.fire.guillermo as guillermo
-from geoforecast.learn.launch import compose, resolve_option
+from geoforecast.learn.configuration import compose, resolve_option
 
 OFF = dict(pyramid_scales=(), attention=False, residual=False, deep_supervision=False)
 

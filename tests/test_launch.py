@@ -11,7 +11,8 @@ from geoforecast.core import ConfigError, GeoforecastError
 from geoforecast.fire.models import Logistic
 from geoforecast.fire.simulate import simulate_fires
 from geoforecast.learn.callbacks import read_metrics
-from geoforecast.learn.launch import compose, configs, launch, resolve_option
+from geoforecast.learn.configuration import compose, configs, resolve_option
+from geoforecast.learn.launch import launch
 from geoforecast.learn.losses import Focal, FocalDice
 
 SMALL = dict(window_size=2, hidden_dims=[2, 4], crop_size=16, batch_size=4, samples_per_epoch=8, max_epochs=1)

@@ -16,7 +16,8 @@ import yaml
 
 from geoforecast.cli import main
 from geoforecast.learn.bundle import load_bundle
-from geoforecast.learn.launch import compose, launch
+from geoforecast.learn.configuration import compose
+from geoforecast.learn.launch import launch
 from geoforecast.precipitation.simulate import simulate_atmosphere
 
 ROOT = Path(__file__).resolve().parents[1]
