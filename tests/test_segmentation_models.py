@@ -28,10 +28,10 @@ def test_every_encoder_is_built_from_its_table(name):
 @pytest.mark.parametrize('encoder', ['tiny', 'resnet18', 'convnextv2_atto', TINY_VIT], ids=str)
 @pytest.mark.parametrize('size', [(64, 64), (33, 70)])
 def test_sizes_bands_and_gradients(encoder, size):
-    net = DeepLabV3Plus(5, 6, encoder, n_heads=2, hidden_dim=16)
-    logits, (other,) = net(torch.rand(2, 5, *size))
-    assert logits.shape == other.shape == (2, 6, *size)
-    (logits.square().mean() + other.square().mean()).backward()
+    net = DeepLabV3Plus(5, 6, encoder, n_heads=2, deep_supervision=True, hidden_dim=16)
+    logits, (other, deep) = net(torch.rand(2, 5, *size))
+    assert logits.shape == other.shape == deep.shape == (2, 6, *size)
+    sum(scores.square().mean() for scores in (logits, other, deep)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 

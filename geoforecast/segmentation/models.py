@@ -72,6 +72,7 @@ class DeepLabV3Plus(nn.Module):
         pretrained: bool = False, # Start the encoder from trained weights, downloaded at first use
         output_stride: int = 16, # Greatest stride of the encoder; its last stages are dilated for it
         n_heads: int = 1, # Heads, each with a convolution and a dropout of its own
+        deep_supervision: bool = False, # One more head, on the map three quarters of the way through the encoder
         low_level_dim: int = 48, # Channels kept of the fine map
         aspp_rates: Sequence[int] = (6, 12, 18), # Reaches of the pyramid; the paper doubles them at output stride 8
         dropout_rate: float = .1, # Share of values dropped behind the pyramid and in each head
@@ -80,41 +81,43 @@ class DeepLabV3Plus(nn.Module):
         super().__init__()
         if n_heads < 1: raise ConfigError(f"n_heads {n_heads} must be at least 1")
         stages, halves = encoder_config(encoder).stage_names, hasattr(encoder_config(encoder), 'depths')
-        self.encoder = Encoder(encoder, input_dim, pretrained, [stages[1], stages[-1]] if halves else stages[-1:], output_stride)
+        wanted = [stages[1]]*halves + [stages[3*(len(stages) - 1)//4]]*deep_supervision + [stages[-1]]
+        self.encoder = Encoder(encoder, input_dim, pretrained, wanted, output_stride)
         hidden_dim = hidden_dim or min(256, self.encoder.widths[-1])
         self.stem = None if halves else nn.Sequential(conv_norm(input_dim, 64, 3, stride=2), conv_norm(64, 64, 3, stride=2))
         self.aspp = ASPP(self.encoder.widths[-1], hidden_dim, aspp_rates, dropout_rate)
         self.low_level = conv_norm(self.encoder.widths[0] if halves else 64, low_level_dim)
         self.join = conv_norm(hidden_dim + low_level_dim, hidden_dim, 3)
         self.heads = nn.ModuleList(Head(hidden_dim, num_classes, hidden_dim, dropout_rate) for _ in range(n_heads))
+        self.deep = Head(self.encoder.widths[-2], num_classes, hidden_dim, dropout_rate) if deep_supervision else None
 
     def forward(self,
         x: Tensor, # (B, C, H, W), normalised; any H and W
-    ) -> Tensor | tuple[Tensor, list[Tensor]]: # Logits (B, K, H, W); with several heads also those of the others
-        logits, *others = self.decode(*self.encode(x), x.shape[-2:])
+    ) -> Tensor | tuple[Tensor, list[Tensor]]: # Logits (B, K, H, W); with several heads also those of the others, the deep one's last
+        logits, *others = self.decode(self.encode(x), x.shape[-2:])
         return (logits, others) if others else logits
 
 # %% ../../nbs/segmentation/05_models.ipynb #a3e2c878
 @patch
 def encode(self: DeepLabV3Plus,
     x: Tensor, # (B, C, H, W)
-) -> tuple[Tensor, Tensor]: # The fine map (B, c, H'/4, W'/4) and the coarse one (B, c', H'/stride, W'/stride), of the padded image
+) -> list[Tensor]: # Maps of the padded image, from (B, c, H'/4, W'/4) to (B, c', H'/stride, W'/stride)
     "Look at an image, finely and coarsely."
     x = pad_to_multiple(x, self.encoder.strides[-1])
     maps = self.encoder(x)
-    return (maps[0] if self.stem is None else self.stem(x)), maps[-1]
+    return maps if self.stem is None else [self.stem(x), *maps]
 
 @patch
 def decode(self: DeepLabV3Plus,
-    fine: Tensor, # (B, c, h, w)
-    coarse: Tensor, # (B, c', h', w')
+    maps: Sequence[Tensor], # What `encode` found
     size: tuple[int, int], # H and W of the image
-) -> list[Tensor]: # Logits (B, K, H, W) of each head
-    "Score the classes of each pixel from what `encode` found."
-    deep = F.interpolate(self.aspp(coarse), size=fine.shape[-2:], mode='bilinear')
-    joined = self.join(torch.cat([deep, self.low_level(fine)], 1))
+) -> list[Tensor]: # Logits (B, K, H, W) of each head, the deep one's last
+    "Score the classes of each pixel."
+    fine, coarse = self.low_level(maps[0]), self.aspp(maps[-1])
+    joined = self.join(torch.cat([F.interpolate(coarse, size=fine.shape[-2:], mode='bilinear'), fine], 1))
+    scores = [head(joined) for head in self.heads] + ([] if self.deep is None else [self.deep(maps[1])])
     padded = [n*self.encoder.strides[-1] for n in coarse.shape[-2:]]
-    return [F.interpolate(head(joined), size=padded, mode='bilinear')[..., :size[0], :size[1]] for head in self.heads]
+    return [F.interpolate(s, size=padded, mode='bilinear')[..., :size[0], :size[1]] for s in scores]
 
 # %% ../../nbs/segmentation/05_models.ipynb #7354d87a
 class Discriminator(nn.Module):
