@@ -48,7 +48,7 @@ def pressure_levels(
         raise DataError(f"'{levels.name}' counts {values.min():g} to {values.max():g} without a unit: model levels, not pressure levels; interpolate to pressure")
     unit = unit or ('hPa' if levels.name.lower() == 'isobaricinhpa' or values.max() <= 1100 else 'Pa')
     try: hpa = np.round(convert_units(values, unit, 'hPa'), 6)
-    except DataError as e: raise DataError(f"the levels '{levels.name}' are no pressure: {e}") from e
+    except DataError as e: raise DataError(f"the levels '{levels.name}' are no pressure: {e}; interpolate model or height levels to pressure") from e
     if hpa.min() <= 0 or hpa.max() > 1100: raise DataError(f"the levels '{levels.name}' reach from {hpa.min():g} to {hpa.max():g} hPa, not from 0 to 1100; check their unit")
     return hpa
 
@@ -290,7 +290,7 @@ def open_atmosphere(
     states = [v for v in VARIABLES if v in fields]
     if RAIN not in fields or not states:
         lacking = RAIN if states else f"{', '.join(VARIABLES)} on pressure levels" + ('' if RAIN in fields else f' and {RAIN}')
-        raise DataError(f"no {lacking} among the variables {', '.join(sorted({str(n) for d in sources for n in d.data_vars}))[:300]}")
+        raise DataError(f"no {lacking} among the variables {', '.join(sorted({str(n) for d in sources for n in d.data_vars}))[:300]}; rename what is meant, such as to {RAIN if RAIN not in fields else VARIABLES[2]}, or read the file that holds it as well")
     _common_levels({v: fields[v] for v in states})
     ds, length = to_steps({v: fields[v] for v in (*states, RAIN)}, step)
     if not ds.sizes['time']: raise DataError(f'the variables have no step of {length} in common')

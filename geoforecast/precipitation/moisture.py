@@ -129,7 +129,7 @@ def step_ends(
 ) -> pd.DatetimeIndex: # Ends of the steps that are covered wholly
     "List the steps that a series covers; raise `DataError` where they are no multiple of its own."
     times, source = pd.DatetimeIndex(times), time_step(times)
-    if step < source or step % source: raise DataError(f'a step of {step} is no multiple of the data\'s {source}; choose one that is, or leave it out')
+    if step < source or step % source: raise DataError(f"a step of {step/pd.Timedelta('1h'):g} h is no multiple of the data's {source/pd.Timedelta('1h'):g} h; choose one that is, or leave it out; a model needs data as fine as those of its training")
     phase = pd.Timedelta((times[0] - pd.Timestamp(0)) % source)
     count = pd.Series(1, times).groupby((times - phase).ceil(step) + phase).sum()
     return pd.DatetimeIndex(count.index[count == step//source])

@@ -41,7 +41,7 @@ def cut_to_model(
     "Cut data to what a model takes; raise `BundleError` where channels, columns or spacing are not the model's."
     own, found = model.inputs, channels_of(atmosphere)
     missing = [c for c in own.channels if c not in found]
-    if missing: raise BundleError(f"the data lack {len(missing)} of the {len(own.channels)} channels that the model takes: {_listed(missing)}; they have {_listed(found)}")
+    if missing: raise BundleError(f"the data lack {len(missing)} of the {len(own.channels)} channels that the model takes: {_listed(missing)}; they have {_listed(found)}; add them to the data, or train a model on the channels that are there")
     ds, upstream = select_region(atmosphere, region)
     if upstream != own.upstream_columns:
         raise BundleError(f'the model takes {own.upstream_columns} columns upstream of its target, the region gives {upstream}; forecast the region of the training, {region!r}')
@@ -288,9 +288,13 @@ def forecast_bundle(
     "Forecast every series with a trained model; raise `DataError` where steps are missing, `ConfigError` for an impossible date."
     model, facts, region, files = bundle.forecaster, bundle.metadata, _region(bundle), []
     for name, path in name_series(data).items():
-        atmosphere = open_atmosphere(path, facts.get('step'), facts.get('coarsen', 1))
-        _, valid = forecast_times(atmosphere, model.window_size, _single(model).target_offset)
-        forecast = forecast_series(model, atmosphere, region, _on(valid, date, name), batch_size)
+        try:
+            atmosphere = open_atmosphere(path, facts.get('step'), facts.get('coarsen', 1))
+            _, valid = forecast_times(atmosphere, model.window_size, _single(model).target_offset)
+            forecast = forecast_series(model, atmosphere, region, _on(valid, date, name), batch_size)
+        except (DataError, BundleError) as e:
+            if path.name in str(e): raise
+            raise type(e)(f'{path.name}: {e}') from e
         about = dict(source=path.name, model=facts, region=region.to_dict() if region else None, channels=model.inputs.channels)
         files += write_forecast(Path(out)/name, forecast, cut_to_model(model, atmosphere, region), len(forecast.time) if visualize else 0, about)
     return files
