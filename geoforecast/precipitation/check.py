@@ -14,11 +14,13 @@ from html import escape
 
 import dask
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from ..core import DataError
 from .atmosphere import find_axis, open_atmosphere, open_sources
 from .channels import LEVELS, RAIN, TABLE, VARIABLES, channels_of, find_variable
+from .moisture import time_step
 from .windows import step_of, uniform_windows
 
 # %% ../../nbs/precipitation/06_check.ipynb #5ec71418
@@ -87,6 +89,8 @@ def describe_changes(
     changes = [f"{name}: from {f.attrs['source']}" for name, f in ds.data_vars.items() if f.attrs['source'] != f"{name} ({TABLE[name].unit})"]
     if level is not None and np.max(level.values) > 1100: changes.append(f'levels: from {level.name} (Pa)')
     if level is not None and level.size > 1 and level.values[0] > level.values[-1]: changes.append('levels: into ascending pressure')
+    times = np.unique([t for data in sources for index in data.indexes.values() if isinstance(index, pd.DatetimeIndex) for t in index.values])
+    if len(times) > 1 and (own := time_step(times)) != pd.Timedelta(ds.attrs['step']): changes.append(f"steps: from {own/pd.Timedelta('1h'):g}h to {ds.attrs['step']}, rain summed")
     return changes + (['latitudes: from the south; forecasts get the order of the source'] if convention['descending'] else [])
 
 def describe_guesses(
