@@ -174,3 +174,32 @@ def test_many_patches_are_split_quickly(tmp_path, monkeypatch):
     begin = time.perf_counter()
     split = split_tiles(tiles, .2)
     assert len(split.val) == 2560 and time.perf_counter() - begin < 20
+
+
+def test_a_fourth_band_that_is_called_opacity(tmp_path):
+    "GDAL calls any fourth band of 8 bits opacity; near infrared over water is 0 and yet data."
+    values = noise(4, 200, 200)
+    values[3, 50:80] = 0
+    mosaic, mask = save(tmp_path/'rgbn.tif', values, **UTM), save(tmp_path/'rgbn_gt.tif', np.ones((200, 200), 'uint8'), **UTM)
+    scene = open_scene(mosaic, mask)
+    assert len(scene.bands) == 4 and scene.valid().all() and (scene.read_mask() == 1).all()
+    patchify(scene, tmp_path/'out', 128)
+    for s in find_scenes(tmp_path/'out'):
+        inside = min(128, 200 - s.origin[0])*min(128, 200 - s.origin[1])
+        assert len(s.bands) == 4 and s.valid().sum() == inside == (s.read_mask() == 1).sum()
+    values[3] = 255
+    values[3, :100] = 0
+    true = open_scene(save(tmp_path/'rgba.tif', values, **UTM), mask)
+    assert len(true.bands) == 3 and true.valid().sum() == 100*200 == (true.read_mask() == 1).sum()
+
+
+def test_equal_names_in_two_folders_are_two_scenes(tmp_path):
+    for k in range(6): save(tmp_path/f'region{k}'/'scene.tif', noise(3, 40, 40, seed=k))
+    tiles = [t for s in find_scenes(tmp_path) for t in tiles_of(s, 20)]
+    split = split_tiles(tiles, .2)
+    assert len(split.val) in (4, 8) and len(split.train) + len(split.val) == 24
+
+
+def test_masks_of_0_and_255_are_suspicious(tmp_path):
+    save(tmp_path/'images'/'a.tif', noise(3, 20, 20)); save(tmp_path/'masks'/'a.tif', 255*(noise(20, 20) > 99).astype('uint8'))
+    assert 'hold only 0 and 255' in str(describe_folder(tmp_path))

@@ -49,7 +49,7 @@ class Scene:
     complete: bool # Whether every pixel is known to be valid
     crs: str | None # As WKT, None where the file has no place
     transform: tuple | None # Six numbers a b c d e f from column and row to coordinates
-    source: str # The image that this one was cut from, or its own name
+    source: str # Name of the image that this one was cut from, or its own path
     origin: tuple = (0, 0) # Row and column in the source, pixels
 
     @property
@@ -78,8 +78,20 @@ PATCH_NAME = r'(?P<source>.+?)[_-]r(?P<row>\d+)[_-]c(?P<column>\d+)' # How `patc
 def _image_bands(f):
     "Names of the bands that are image, by their number in the file; a palette stands for three."
     if _palette(f) is not None: return {1: ('red', 'green', 'blue')}
+    opacity = _opacity(f.name) if ColorInterp.alpha in f.colorinterp else None
     named = lambda i: f.descriptions[i] or (f.colorinterp[i].name if f.colorinterp[i] in (ColorInterp.red, ColorInterp.green, ColorInterp.blue) else f'band_{i + 1}')
-    return {i + 1: (named(i),) for i in range(f.count) if f.colorinterp[i] != ColorInterp.alpha}
+    return {i + 1: (named(i),) for i in range(f.count) if i + 1 != opacity}
+
+@lru_cache(maxsize=65536)
+def _opacity(path, part=64):
+    "Number of the band of opacity; None where the band so called holds a picture, as near infrared written as a fourth band often is."
+    with open_raster(path) as f:
+        if ColorInterp.alpha not in f.colorinterp: return None
+        band, spots = f.colorinterp.index(ColorInterp.alpha) + 1, [(y, x) for y in (0, .5, 1) for x in (0, .5, 1)]
+        read = lambda y, x: f.read(band, window=rasterio.windows.Window(int(x*max(f.width - part, 0)), int(y*max(f.height - part, 0)), min(part, f.width), min(part, f.height)))
+        values = np.concatenate([read(*s).ravel() for s in spots])
+        full = np.iinfo(values.dtype).max if values.dtype.kind in 'iu' else 1
+    return band if ((values > 0) & (values < full)).mean() < .05 else None
 
 def _palette(f):
     "(256, 3) colours of a file of palette numbers, else None."
@@ -109,7 +121,7 @@ def open_scene(
                      tuple((f.scales[i - 1], f.offsets[i - 1]) for i, names in kinds.items() for _ in names),
                      all(MaskFlags.all_valid in flags for flags in f.mask_flag_enums) and np.dtype(f.dtypes[0]).kind != 'f',
                      f.crs.to_wkt() if f.crs else None, tuple(f.transform)[:6] if f.crs else None,
-                     cut.group(1) if cut else Path(image).stem, (place.get('row', 0), place.get('column', 0)))
+                     cut.group(1) if cut else str(Path(image).with_suffix('')), (place.get('row', 0), place.get('column', 0)))
 
 # %% ../../nbs/segmentation/02_tiles.ipynb #09ec19b4
 def _inside(window, shape):
@@ -126,7 +138,9 @@ def _read(f, bands, window, fill):
 def _valid(f, window):
     "Where a window holds data, (h, w) bool."
     inner, beyond = _inside(window, f.shape)
-    return np.pad(f.dataset_mask(window=rasterio.windows.Window.from_slices(*inner)) > 0, beyond)
+    plain = f.nodata is None and ColorInterp.alpha in f.colorinterp and _opacity(f.name) is None
+    known = np.ones([s.stop - s.start for s in inner], bool) if plain else f.dataset_mask(window=rasterio.windows.Window.from_slices(*inner)) > 0
+    return np.pad(known, beyond)
 
 def _whole(shape): return slice(0, shape[0]), slice(0, shape[1])
 
@@ -296,7 +310,7 @@ class Tile:
     @property
     def window(self): "Rows and columns as slices."; return slice(self.row, self.row + self.size), slice(self.column, self.column + self.size)
     @property
-    def name(self): "Name of scene, row and column, as files of patches are called."; return f'{self.scene.source}_r{self.row + self.scene.origin[0]:06d}_c{self.column + self.scene.origin[1]:06d}'
+    def name(self): "Name of scene, row and column, as files of patches are called."; return f'{Path(self.scene.source).name}_r{self.row + self.scene.origin[0]:06d}_c{self.column + self.scene.origin[1]:06d}'
 
     def read(self, bands=None): "Read the image, (C, size, size)."; return self.scene.read(self.window, bands)
     def read_mask(self, mapping=None): "Read the mask, (size, size) uint8."; return self.scene.read_mask(self.window, mapping)
@@ -321,7 +335,7 @@ def _profile(f, window):
 def _describe_like(g, f):
     "Copy what a file says about its bands."
     if f.colorinterp[0] == ColorInterp.palette: g.write_colormap(1, f.colormap(1))
-    else: g.colorinterp = f.colorinterp
+    else: g.colorinterp = [ColorInterp.undefined if c == ColorInterp.alpha and _opacity(f.name) is None else c for c in f.colorinterp]
     g.descriptions, g.scales, g.offsets = f.descriptions, f.scales, f.offsets
     g.units = [u or '' for u in f.units]
     g.update_tags(**{k: v for k, v in f.tags().items() if k != 'AREA_OR_POINT'})
@@ -332,7 +346,7 @@ def _write_patch(path, source, window, fill, skip_empty=False):
         known = _valid(f, window)
         if skip_empty and not known.any(): return False
         values = _read(f, list(f.indexes), window, fill if f.nodata is None else f.nodata)
-        hidden = f.nodata is None and ColorInterp.alpha not in f.colorinterp and not known.all()
+        hidden = f.nodata is None and not known.all() and not (ColorInterp.alpha in f.colorinterp and _opacity(f.name))
         with atomic_path(path) as p, warnings.catch_warnings(), rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
             warnings.simplefilter('ignore', NotGeoreferencedWarning)
             with rasterio.open(p, 'w', **_profile(f, window)) as g:
@@ -542,6 +556,7 @@ def lines(self: FolderDescription) -> list[tuple]: # (what, text)
     out += [('bands', f'{n} images with {kind}') for kind, n in kinds.items()]
     out += [('class', f'{name}: {_percent(share)} of the labelled pixels') for name, share in self.shares().items()]
     if self.pixels: out.append(('no class', f'{_percent(self.pixels[IGNORE]/self.pixels.total())} of the pixels of labelled images'))
+    if set(self.pixels) == {0, IGNORE}: out.append(('suspicious', f'the masks hold only 0 and {IGNORE}, which stands for no class; if it is one, save it as 1'))
     out += [('unknown', f"{short(p)}: {', '.join(f'{v} ({n} pixels)' for v, n in list(values.items())[:5])}") for p, values in self.unknown.items()]
     if self.unlabelled: out.append(('unlabelled', several(self.unlabelled)))
     if self.orphans: out.append(('no image for', several(self.orphans)))
