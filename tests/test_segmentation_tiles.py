@@ -1,7 +1,6 @@
 "Aerial scenes of Zurich read from the first call, and what a notebook cannot hold of tiles: killed cuts, strange files. Real data are skipped where absent."
 import os
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,12 @@ import rasterio
 from PIL import Image
 
 from geoforecast.core import DataError
-from geoforecast.segmentation import tiles as module
+from geoforecast.segmentation import patches, splits
+from geoforecast.segmentation.check import describe_folder
 from geoforecast.segmentation.classes import IGNORE, ClassMapping, number_classes
-from geoforecast.segmentation.tiles import (describe_folder, duplicates, find_classes, find_scenes, open_scene, patchify, split_tiles, tiles_of, without_leaks)
+from geoforecast.segmentation.patches import patchify
+from geoforecast.segmentation.splits import duplicates, split_tiles, without_leaks
+from geoforecast.segmentation.tiles import find_classes, find_scenes, open_scene, tiles_of, write_image
 
 ZURICH = Path(os.environ.get('GEOFORECAST_DATA', Path(__file__).parents[2]/'shared'/'data'))/'segmentation'/'zurich'
 zurich = pytest.mark.skipif(not ZURICH.is_dir(), reason='no scenes of Zurich under GEOFORECAST_DATA or ../shared/data')
@@ -83,16 +85,6 @@ def test_zurich_description():
     assert 'sat14.tif' in str(found) and 'stored twice' in str(found)
 
 
-def save(path, values, **profile):
-    values = np.asarray(values)
-    values = values if values.ndim == 3 else values[None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        with rasterio.open(path, 'w', driver='GTiff', count=len(values), height=values.shape[1], width=values.shape[2], dtype=values.dtype, **profile) as f: f.write(values)
-    return path
-
-
 def noise(*shape, seed=0, dtype='uint8'): return np.random.default_rng(seed).integers(1, 255, shape).astype(dtype)
 
 
@@ -100,33 +92,33 @@ UTM = dict(crs='EPSG:32632', transform=rasterio.Affine(1, 0, 4e5, 0, -1, 5e6))
 
 
 def test_a_cut_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    mosaic = save(tmp_path/'m.tif', noise(3, 300, 300), **UTM)
-    write, calls = module._write_patch, []
+    mosaic = write_image(tmp_path/'m.tif', noise(3, 300, 300), **UTM)
+    write, calls = patches._write_patch, []
     def dies(*args, **kwargs):
         calls.append(1)
         if len(calls) == 5: raise KeyboardInterrupt
         return write(*args, **kwargs)
-    monkeypatch.setattr(module, '_write_patch', dies)
+    monkeypatch.setattr(patches, '_write_patch', dies)
     with pytest.raises(KeyboardInterrupt): patchify(mosaic, tmp_path/'out', 64)
     assert len(list((tmp_path/'out').rglob('*.tif'))) == 4
-    monkeypatch.setattr(module, '_write_patch', write)
+    monkeypatch.setattr(patches, '_write_patch', write)
     assert len(patchify(mosaic, tmp_path/'out', 64)) == 25
     assert not [p for p in (tmp_path/'out').rglob('*') if p.name.endswith('.tmp')]
-    other = save(tmp_path/'m.tif', noise(3, 300, 301, seed=1), **UTM)
+    other = write_image(tmp_path/'m.tif', noise(3, 300, 301, seed=1), **UTM)
     with pytest.raises(DataError, match='width 300 then and 301 now'): patchify(other, tmp_path/'out', 64)
 
 
 def test_empty_corners_of_a_mosaic_are_left_out(tmp_path):
     values = noise(3, 256, 256)
     values[:, :128, :128] = 0
-    paths = patchify(save(tmp_path/'m.tif', values, nodata=0, **UTM), tmp_path/'out', 64, mask=save(tmp_path/'gt.tif', np.ones((256, 256), 'uint8'), **UTM))
+    paths = patchify(write_image(tmp_path/'m.tif', values, nodata=0, **UTM), tmp_path/'out', 64, mask=write_image(tmp_path/'gt.tif', np.ones((256, 256), 'uint8'), **UTM))
     assert len(paths) == 12 == len(list((tmp_path/'out'/'masks').iterdir()))
 
 
 def test_a_palette_of_classes_and_a_palette_for_show(tmp_path):
     mapping = ClassMapping(('a', 'b', 'c'), ((10, 0, 0), (0, 10, 0), (0, 0, 10)))
     ids = np.random.default_rng(0).integers(0, 3, (40, 50)).astype('uint8')
-    image = save(tmp_path/'x.tif', noise(3, 40, 50))
+    image = write_image(tmp_path/'x.tif', noise(3, 40, 50))
     painting = Image.fromarray(2 - ids)
     painting.putpalette([c for i in (2, 1, 0) for c in mapping.colours[i]])
     painting.save(tmp_path/'painting.png')
@@ -139,27 +131,27 @@ def test_a_palette_of_classes_and_a_palette_for_show(tmp_path):
 
 
 def test_unknown_values_name_the_file(tmp_path):
-    scene = open_scene(save(tmp_path/'x.tif', noise(1, 30, 30)), save(tmp_path/'x_mask.tif', np.full((30, 30), 9, 'uint8')))
+    scene = open_scene(write_image(tmp_path/'x.tif', noise(1, 30, 30)), write_image(tmp_path/'x_mask.tif', np.full((30, 30), 9, 'uint8')))
     with pytest.raises(DataError, match=r'x_mask.tif: value 9 \(900 pixels\)'): scene.read_mask(mapping=number_classes(3))
     found = describe_folder(tmp_path, number_classes(3))
     assert not found.ready and found.unknown == {tmp_path/'x_mask.tif': {9: 900}}
     jpeg = Image.fromarray(np.kron(np.eye(4, dtype='uint8'), np.ones((8, 8), 'uint8'))[..., None]*np.array([200, 30, 30], 'uint8'))
     jpeg.save(tmp_path/'m.jpg')
-    with pytest.raises(DataError, match='JPEG changes colours'): open_scene(save(tmp_path/'y.tif', noise(1, 32, 32)), tmp_path/'m.jpg').read_mask(mapping=number_classes(3))
+    with pytest.raises(DataError, match='JPEG changes colours'): open_scene(write_image(tmp_path/'y.tif', noise(1, 32, 32)), tmp_path/'m.jpg').read_mask(mapping=number_classes(3))
 
 
 def test_unclear_pairs_are_refused(tmp_path):
-    save(tmp_path/'images'/'a.tif', noise(3, 9, 9)); save(tmp_path/'masks'/'a.tif', np.zeros((9, 9), 'uint8')); save(tmp_path/'masks'/'a_mask.tif', np.zeros((9, 9), 'uint8'))
+    write_image(tmp_path/'images'/'a.tif', noise(3, 9, 9)); write_image(tmp_path/'masks'/'a.tif', np.zeros((9, 9), 'uint8')); write_image(tmp_path/'masks'/'a_mask.tif', np.zeros((9, 9), 'uint8'))
     with pytest.raises(DataError, match='two masks'): find_scenes(tmp_path)
-    save(tmp_path/'other'/'b.tif', noise(3, 9, 9)); save(tmp_path/'other'/'b.tiff', noise(3, 9, 9))
+    write_image(tmp_path/'other'/'b.tif', noise(3, 9, 9)); write_image(tmp_path/'other'/'b.tiff', noise(3, 9, 9))
     with pytest.raises(DataError, match='neither is clearly the mask'): find_scenes(tmp_path/'other')
     with pytest.raises(DataError, match='lies elsewhere'):
-        open_scene(save(tmp_path/'p.tif', noise(3, 9, 9), **UTM), save(tmp_path/'p_gt.tif', np.zeros((9, 9), 'uint8'), crs='EPSG:32632', transform=rasterio.Affine(1, 0, 4e5 + 5, 0, -1, 5e6)))
+        open_scene(write_image(tmp_path/'p.tif', noise(3, 9, 9), **UTM), write_image(tmp_path/'p_gt.tif', np.zeros((9, 9), 'uint8'), crs='EPSG:32632', transform=rasterio.Affine(1, 0, 4e5 + 5, 0, -1, 5e6)))
 
 
 def test_patches_of_photos_keep_together(tmp_path):
     for photo in range(5):
-        for k in range(6): save(tmp_path/f'DJI_{photo}_{k}.tif', noise(3, 16, 16, seed=10*photo + k))
+        for k in range(6): write_image(tmp_path/f'DJI_{photo}_{k}.tif', noise(3, 16, 16, seed=10*photo + k))
     tiles = [t for s in find_scenes(tmp_path, source=r'(DJI_\d+)_\d+') for t in tiles_of(s, 16)]
     for seed in range(5):
         train, val, _ = split_tiles(tiles, .2, seed=seed)
@@ -167,10 +159,10 @@ def test_patches_of_photos_keep_together(tmp_path):
 
 
 def test_many_patches_are_split_quickly(tmp_path, monkeypatch):
-    one = open_scene(save(tmp_path/'one.tif', noise(3, 32, 32)))
+    one = open_scene(write_image(tmp_path/'one.tif', noise(3, 32, 32)))
     from dataclasses import replace
     tiles = [tiles_of(replace(one, source=f'photo{i % 50}', origin=(32*(i//50//16), 32*(i//50 % 16))), 32)[0] for i in range(12800)]
-    monkeypatch.setattr(module, 'duplicates', lambda scenes: [])
+    monkeypatch.setattr(splits, 'duplicates', lambda scenes: [])
     begin = time.perf_counter()
     split = split_tiles(tiles, .2)
     assert len(split.val) == 2560 and time.perf_counter() - begin < 20
@@ -180,7 +172,7 @@ def test_a_fourth_band_that_is_called_opacity(tmp_path):
     "GDAL calls any fourth band of 8 bits opacity; near infrared over water is 0 and yet data."
     values = noise(4, 200, 200)
     values[3, 50:80] = 0
-    mosaic, mask = save(tmp_path/'rgbn.tif', values, **UTM), save(tmp_path/'rgbn_gt.tif', np.ones((200, 200), 'uint8'), **UTM)
+    mosaic, mask = write_image(tmp_path/'rgbn.tif', values, **UTM), write_image(tmp_path/'rgbn_gt.tif', np.ones((200, 200), 'uint8'), **UTM)
     scene = open_scene(mosaic, mask)
     assert len(scene.bands) == 4 and scene.valid().all() and (scene.read_mask() == 1).all()
     patchify(scene, tmp_path/'out', 128)
@@ -189,17 +181,17 @@ def test_a_fourth_band_that_is_called_opacity(tmp_path):
         assert len(s.bands) == 4 and s.valid().sum() == inside == (s.read_mask() == 1).sum()
     values[3] = 255
     values[3, :100] = 0
-    true = open_scene(save(tmp_path/'rgba.tif', values, **UTM), mask)
+    true = open_scene(write_image(tmp_path/'rgba.tif', values, **UTM), mask)
     assert len(true.bands) == 3 and true.valid().sum() == 100*200 == (true.read_mask() == 1).sum()
 
 
 def test_equal_names_in_two_folders_are_two_scenes(tmp_path):
-    for k in range(6): save(tmp_path/f'region{k}'/'scene.tif', noise(3, 40, 40, seed=k))
+    for k in range(6): write_image(tmp_path/f'region{k}'/'scene.tif', noise(3, 40, 40, seed=k))
     tiles = [t for s in find_scenes(tmp_path) for t in tiles_of(s, 20)]
     split = split_tiles(tiles, .2)
     assert len(split.val) in (4, 8) and len(split.train) + len(split.val) == 24
 
 
 def test_masks_of_0_and_255_are_suspicious(tmp_path):
-    save(tmp_path/'images'/'a.tif', noise(3, 20, 20)); save(tmp_path/'masks'/'a.tif', 255*(noise(20, 20) > 99).astype('uint8'))
+    write_image(tmp_path/'images'/'a.tif', noise(3, 20, 20)); write_image(tmp_path/'masks'/'a.tif', 255*(noise(20, 20) > 99).astype('uint8'))
     assert 'hold only 0 and 255' in str(describe_folder(tmp_path))
