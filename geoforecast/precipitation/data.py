@@ -309,14 +309,15 @@ def predict_dataloader(self: PrecipitationDataModule) -> DataLoader:
 def complete(cls: PrecipitationDataModule,
     config: dict, # A composed configuration
 ) -> dict: # The same with what the model must know of the data
-    "Fill in channels, upstream columns and the fill policy where the channels are left open, the shape of a first guess, and the length of the training."
+    "Fill in channels, upstream columns and the fill policy, which may be said to the model's inputs or to the data, where the channels are left open, the shape of a first guess, and the length of the training."
     config = copy.deepcopy(config)
     options = dict(config['data'].get('init_args') or {})
+    model = config['model']['init_args']
+    known = model['inputs'].setdefault('init_args', {})
+    if known.get('fill') and not options.get('fill'): options['fill'] = config['data']['init_args']['fill'] = known['fill']
     region = options.get('region')
     if isinstance(region, dict): options['region'] = RegionConfig(**((region.get('init_args') or {}) if 'class_path' in region else region))
     with warnings.catch_warnings(action='ignore'): data = cls(**options) # the data module of the run warns
-    model = config['model']['init_args']
-    known = model['inputs'].setdefault('init_args', {})
     if known.get('channels') is None:
         known |= {name: getattr(data, name) for name in ('channels', 'upstream_columns', 'fill')}
         shape = [data.atmosphere.sizes[d] for d in ('lat', 'lon')]
