@@ -14,7 +14,7 @@ from typing import Iterator, Sequence
 import numpy as np
 import rasterio
 from PIL import Image
-from rasterio.transform import from_origin
+from rasterio import Affine
 from rasterio.windows import Window
 from scipy.ndimage import gaussian_filter, map_coordinates
 
@@ -62,7 +62,7 @@ def cast_shadows(
 def photograph(
     canvas: Canvas,
     style: SceneStyle, # Light and camera
-    sky: np.ndarray | None = None, # (H, W) where the haze is thicker, standard deviation about 1; None draws it
+    sky: np.ndarray | float | None = None, # (H, W) or one number: where the haze is thicker, standard deviation about 1; None draws it
 ) -> np.ndarray: # (4, H, W) float32 from 0 to 1
     "Light the landscape, look at it through haze, and take the picture with blur and noise."
     sun = np.radians(style.sun_azimuth)
@@ -71,7 +71,7 @@ def photograph(
     light = (1 + 3*(np.cos(sun)*slope_y - np.sin(sun)*slope_x))[..., None]*(1 - shadow*np.float32([.58, .55, .48, .55]))
     tint = np.float32(style.brightness)*np.float32([1 + style.warmth, 1, 1 - style.warmth, 1])
     sky = canvas.noise(150) if sky is None else sky
-    haze = np.clip(style.haze*(1 + .3*sky), 0, 1)[..., None]
+    haze = np.clip(style.haze*(1 + .3*np.asarray(sky)), 0, 1)[..., None]
     image = canvas.colour*light*tint*(1 - haze) + haze*PALETTE['haze']
     image = gaussian_filter(image, (.55, .55, 0)) + .012*canvas.rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 1).transpose(2, 0, 1).astype(np.float32)
@@ -113,9 +113,9 @@ def simulate_dataset(
     size: int | tuple[int, int] = 512, # Rows and columns of a scene
     seed: int = 0, # Gives the data set, whole
     classes: Sequence[str] = tuple(CLASSES), # What is labelled
-    mosaic: int = 1024, # Rows and columns of the mosaic; 0 for none
+    mosaic: int = 0, # Rows and columns of a mosaic in `mosaic/`, one more labelled scene for whoever reads the whole folder; 0 for none
 ) -> Path: # The folder
-    "Write simulated scenes, masks, class mapping and a mosaic; `ConfigError` where files lie already."
+    "Write simulated scenes, masks, class mapping and, if wanted, a mosaic; `ConfigError` where files lie already."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()): raise ConfigError(f'{folder} is not empty; name another folder for the simulated scenes')
     has_mask = np.random.default_rng(seed).permutation(n_scenes) < max(1, round(labelled*n_scenes))
@@ -142,32 +142,36 @@ def simulate_mosaic(
     classes: Sequence[str] = tuple(CLASSES), # What is labelled
     bands: int = 3, # 3, or 4 with near infrared
     section: int = 512, # Rows and columns of a section, a multiple of the GeoTIFF's tiles of 256
+    landscapes: int | None = None, # Different sections, repeated at random under an even haze: 16 make 20,000 x 20,000 pixels in minutes; None: all differ
     crs: str = 'EPSG:32749', # UTM 49 south, Java
     pixel: float = .5, # Metres
 ) -> Path: # Of the image
     "Write a georeferenced mosaic of simulated landscapes and its mask, section by section."
     style, palette = find_style(scene_style, np.random.default_rng(seed)), landscape_classes(classes).colours
     image, mask = Path(folder)/'images'/'mosaic.tif', Path(folder)/'masks'/'mosaic.tif'
-    profile = dict(driver='GTiff', height=height, width=width, dtype='uint8', crs=crs, transform=from_origin(430000, 9150000, pixel, pixel),
+    profile = dict(driver='GTiff', height=height, width=width, dtype='uint8', crs=crs, transform=Affine(pixel, 0, 430000, 0, -pixel, 9150000),
                    tiled=True, blockxsize=256, blockysize=256, compress='deflate', bigtiff='if_safer')
     with atomic_path(image) as to_image, atomic_path(mask) as to_mask, \
          rasterio.open(to_image, 'w', count=bands, nodata=NODATA, **profile) as images, rasterio.open(to_mask, 'w', count=1, nodata=IGNORE, **profile) as masks:
         masks.write_colormap(1, {i: (*colour, 255) for i, colour in enumerate(palette)})
-        for window, values, ids in _sections(height, width, section, seed, style, classes, bands):
+        for window, values, ids in _sections(height, width, section, seed, style, classes, bands, landscapes):
             images.write(values, window=window)
             masks.write(ids, 1, window=window)
     return image
 
-def _sections(height, width, section, seed, style, classes, bands) -> Iterator:
-    lookup, coarse = _ids(classes), np.random.default_rng(seed).standard_normal((height//150 + section//150 + 6, width//150 + section//150 + 6))
-    for top in range(0, height, section):
-        for left in range(0, width, section):
-            rng = np.random.default_rng((seed, top//section, left//section))
-            canvas = draw_landscape(rng, (section, section), style.season, frame=True)
-            y, x = np.mgrid[top:top + section, left:left + section]
-            sky = 1.35*map_coordinates(coarse, (y/150 + 1, x/150 + 1), order=3).astype(np.float32)
-            values, ids = _counts(photograph(canvas, style, sky), bands), lookup[canvas.mask]
-            beyond = x + .3*y > .95*(width + .3*height) - .1*min(width, height)
-            values[:, beyond], ids[beyond] = NODATA, IGNORE
-            h, w = min(section, height - top), min(section, width - left)
-            yield Window(left, top, w, h), values[:, :h, :w], ids[:h, :w]
+def _sections(height, width, section, seed, style, classes, bands, landscapes) -> Iterator:
+    rng, kept = np.random.default_rng(seed), {}
+    coarse = rng.standard_normal([n//150 + section//150 + 6 for n in (height, width)])
+    for number, (top, left) in enumerate((top, left) for top in range(0, height, section) for left in range(0, width, section)):
+        y, x = np.mgrid[top:top + section, left:left + section]
+        if landscapes: number, sky = int(rng.integers(landscapes)), np.float32(0)
+        else: sky = 1.35*map_coordinates(coarse, (y/150 + 1, x/150 + 1), order=3).astype(np.float32)
+        values, ids = kept.get(number) or _section((seed, number), section, style, sky, classes, bands)
+        if landscapes: kept[number] = values, ids
+        data = x + .3*y <= .95*(width + .3*height) - .1*min(width, height)
+        h, w = min(section, height - top), min(section, width - left)
+        yield Window(left, top, w, h), np.where(data, values, np.uint8(NODATA))[:, :h, :w], np.where(data, ids, np.uint8(IGNORE))[:h, :w]
+
+def _section(seed, side, style, sky, classes, bands):
+    canvas = draw_landscape(np.random.default_rng(seed), (side, side), style.season, frame=True)
+    return _counts(photograph(canvas, style, sky), bands), _ids(classes)[canvas.mask]
