@@ -80,7 +80,7 @@ def run(command: str, project: Path) -> str:
 
 
 def test_the_commands_are_the_ones_tested_here():
-    assert [re.match(r"\S+ \S+", b)[0] for b in BLOCKS] == ["make demo", "make test", "source .venv/bin/activate", "geoforecast run", "make lab"]
+    assert [re.match(r"\S+ \S+", b)[0] for b in BLOCKS] == ["make demo", "make test", "source .venv/bin/activate", "geoforecast run", "geoforecast run", "geoforecast run", "make lab"]
 
 
 def test_make_demo(project):
@@ -105,6 +105,23 @@ def test_train_on_your_own_fire(project):
     assert "persistence" in run(f"source .venv/bin/activate\n{BLOCKS[3].strip()} -p preset=quick", project)
 
 
+def test_rain(project):
+    printed = run(f"source .venv/bin/activate\n{BLOCKS[4]}", project)
+    assert "persistence" in printed and "RMSE" in printed and (project/"outputs"/"upstream"/"upstream"/"verdict.txt").is_file()
+    simulated = next((project/"data"/"sample").glob("atmosphere_*.nc"))
+    assert re.search(r"can start|ready", run(f"source .venv/bin/activate\ngeoforecast data precipitation check {simulated}", project))
+
+
+def test_your_own_atmosphere_has_every_option_of_the_readme(project):
+    names = re.findall(r"-p (\w+)=", BLOCKS[5])
+    simulated = next((project/"data"/"sample").glob("atmosphere_*.nc"))
+    box = " ".join(f"-p {k}={v}" for k, v in dict(downstream_lat_min=25, downstream_lat_max=40, downstream_lon_min=110, downstream_lon_max=125, upstream_lon_min=100, upstream_lon_max=110).items())
+    assert set(re.findall(r"-p (\w+)=", box)) | {"data", "include_upstream", "others"} == set(names)
+    run(f"source .venv/bin/activate\ngeoforecast run precipitation --name mine -p preset=quick -p data={simulated} -p include_upstream=true {box} -p others='[precipitation/dual_stream]'", project)
+    run(f"source .venv/bin/activate\ngeoforecast forecast outputs/precipitation/mine/bundle {simulated} --out outputs/rain", project)
+    assert list((project/"outputs"/"rain").rglob("predictions.nc"))
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -116,7 +133,7 @@ def test_make_lab(project):
     options = f"--no-browser --ip=127.0.0.1 --port={port} --allow-root --IdentityProvider.token=t"
     shell = dict(LAB=options, JUPYTER_CONFIG_DIR=str(project/"config"), JUPYTER_DATA_DIR=str(project/"share"), JUPYTER_RUNTIME_DIR=str(project/"runtime"))
     with open(project/"lab.log", "w+") as log:
-        lab = subprocess.Popen(["bash", "-c", BLOCKS[4]], cwd=project, env=environment(project, **shell), stdout=log, stderr=log, start_new_session=True)
+        lab = subprocess.Popen(["bash", "-c", BLOCKS[-1]], cwd=project, env=environment(project, **shell), stdout=log, stderr=log, start_new_session=True)
         try: assert "index.ipynb" in answer(f"http://127.0.0.1:{port}/api/contents/nbs?token=t", lab), log.name
         finally:
             os.killpg(lab.pid, signal.SIGTERM)
