@@ -132,7 +132,6 @@ def _write_png(path, values):
 
 # %% ../../nbs/segmentation/03_simulate.ipynb #c0baec82
 NODATA = 0 # In a mosaic's bands; pixels with data start at 1
-
 def simulate_mosaic(
     folder: str | Path, # Gets `images/mosaic.tif` and `masks/mosaic.tif`
     height: int = 2048, # Rows
