@@ -42,6 +42,7 @@ def shares(self: FolderDescription) -> dict:
     total = sum(n for i, n in self.pixels.items() if i != IGNORE)
     return {name: self.pixels[i]/total if total else 0. for i, name in enumerate(self.mapping.names)} if self.mapping else {}
 
+# %% ../../nbs/segmentation/08_check.ipynb #cac6a03c
 def _count(description, scene):
     "Add a mask's pixels to the classes, or to what is unknown."
     mapping = description.mapping
@@ -81,6 +82,7 @@ def lines(self: FolderDescription) -> list[tuple]: # (what, text)
     out = [('images', f'{len(self.scenes)}, {len(self.unlabelled)} of them unlabelled')]
     if sizes: out.append(('sizes', ' to '.join(dict.fromkeys(f'{h} x {w}' for h, w in (sizes[0], sizes[-1]))) + ' pixels'))
     out += [('bands', f'{n} images with {kind}') for kind, n in kinds.items()]
+    if len(kinds) > 1: out.append(('suspicious', 'the images differ in bands or type; a training takes images of one kind'))
     out += [('class', f'{name}: {_percent(share)} of the labelled pixels') for name, share in self.shares().items()]
     if self.pixels: out.append(('no class', f'{_percent(self.pixels[IGNORE]/self.pixels.total())} of the pixels of labelled images'))
     if set(self.pixels) == {0, IGNORE}: out.append(('suspicious', f'the masks hold only 0 and {IGNORE}, which stands for no class; if it is one, save it as 1'))

@@ -33,6 +33,7 @@ def _describe_like(g, f):
     g.units = [u or '' for u in f.units]
     g.update_tags(**{k: v for k, v in f.tags().items() if k != 'AREA_OR_POINT'})
 
+# %% ../../nbs/segmentation/06_patches.ipynb #a91aeb14
 def _write_patch(path, source, window, fill, skip_empty=False):
     "Copy a window into a file of its own; False where it holds no data and is left out."
     with open_raster(source) as f:
@@ -48,6 +49,7 @@ def _write_patch(path, source, window, fill, skip_empty=False):
                 if hidden: g.write_mask(known)
     return True
 
+# %% ../../nbs/segmentation/06_patches.ipynb #2070da80
 def patchify(
     mosaic: str | Path | Scene, # Image of any size
     out: str | Path, # Folder that gets `images/`, and `masks/` where there is a mask

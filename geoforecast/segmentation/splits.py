@@ -96,11 +96,17 @@ def _connected(tiles):
     a, b = np.concatenate([shared_ground(tiles), [np.arange(len(tiles)), first]], 1)
     return connected_components(coo_array((np.ones(len(a)), (a, b)), (len(tiles),)*2), directed=False)[1]
 
+def _centres(tiles): return np.array([[t.row + t.scene.origin[0], t.column + t.scene.origin[1]] for t in tiles]) + tiles[0].size/2
+
 def _blocks(tiles, block_size):
     "(n,) block of each tile's centre, on the raster of its source."
-    corner = np.array([[t.row + t.scene.origin[0], t.column + t.scene.origin[1]] for t in tiles]) + tiles[0].size/2
-    names = [f'{t.scene.source} {r:.0f} {c:.0f}' for t, (r, c) in zip(tiles, corner // block_size)]
+    names = [f'{t.scene.source} {r:.0f} {c:.0f}' for t, (r, c) in zip(tiles, _centres(tiles) // block_size)]
     return np.unique(names, return_inverse=True)[1]
+
+def _block_size(tiles):
+    "A quarter of the ground's shorter side, but 2 to 4 tiles: larger blocks lose fewer tiles at their borders, smaller ones leave something to draw from."
+    tiles_across = np.ptp(_centres(tiles), axis=0).min()/tiles[0].size + 1
+    return tiles[0].size*int(np.clip(round(tiles_across/4), 2, 4))
 
 def _draw(groups, share, seed):
     "Groups in random order until their tiles come nearest to the share; at least one, never all."
@@ -115,18 +121,19 @@ def split_tiles(
     tiles: list[Tile],
     val_split: float = .2, # Share of the tiles to validate on, met as nearly as the groups allow
     by: str = 'scene', # 'scene' or 'block'
-    block_size: int | None = None, # Side of a block in pixels; two tiles where None
+    block_size: int | None = None, # Side of a block in pixels; 2 to 4 tiles where None
     seed: int = 0, # Draws the groups
 ) -> Split:
     "Split tiles into training and validation that share no ground and no picture; raises `ConfigError` where there is only one group."
     check_choice('split by', by, ('scene', 'block'))
     if not 0 < val_split < 1: raise ConfigError(f"val_split {val_split} must lie between 0 and 1")
     if not tiles: raise DataError("there are no tiles to split")
-    groups = _connected(tiles) if by == 'scene' else _blocks(tiles, block_size or 2*tiles[0].size)
-    if groups.max() == 0: raise ConfigError(f"all {len(tiles)} tiles belong to one {by}; " + ("split by='block'" if by == 'scene' else f"choose a block_size below {block_size or 2*tiles[0].size}"))
+    block_size = block_size or _block_size(tiles)
+    groups = _connected(tiles) if by == 'scene' else _blocks(tiles, block_size)
+    if groups.max() == 0: raise ConfigError(f"all {len(tiles)} tiles belong to one {by}; " + ("split by='block'" if by == 'scene' else f"choose a block_size below {block_size}"))
     chosen = _draw(groups, val_split, seed)
     val, rest = [t for t, c in zip(tiles, chosen) if c], [t for t, c in zip(tiles, chosen) if not c]
     train = without_leaks(rest, val)
-    if not train: raise ConfigError(f"every training tile shares ground with a validation tile; choose less overlap or a block_size above {block_size or 2*tiles[0].size}")
+    if not train: raise ConfigError(f"every training tile shares ground with a validation tile; choose less overlap or a block_size above {block_size}")
     lost = set(rest) - set(train)
     return Split(train, val, [t for t in rest if t in lost])

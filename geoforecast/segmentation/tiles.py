@@ -160,6 +160,7 @@ def read_window(
     values = f.read(bands, window=rasterio.windows.Window.from_slices(*inner))
     return np.pad(values, [(0, 0)]*(values.ndim - 2) + list(beyond), constant_values=fill) if any(map(any, beyond)) else values
 
+# %% ../../nbs/segmentation/02_tiles.ipynb #74618126
 def valid_window(
     f: rasterio.DatasetReader, # As `open_raster` gives it
     window: tuple, # (rows, columns) slices
