@@ -96,10 +96,11 @@ def simulate_landscape(
     if bands not in (3, 4): raise ConfigError(f'bands={bands}: a simulated landscape has 3 bands, or 4 with near infrared')
     shape, rng = (size, size) if np.isscalar(size) else tuple(size), np.random.default_rng(seed)
     style = find_style(scene_style, rng)
-    canvas = draw_landscape(rng, shape, style.season)
-    return _counts(photograph(canvas, style), bands), _ids(classes)[canvas.mask]
+    return _scene(rng, shape, style, classes, bands)
 
-def _counts(view, bands): return (1 + 254*view[:bands]**.7).astype(np.uint8)
+def _scene(rng, shape, style, classes, bands, sky=None, frame=False):
+    canvas = draw_landscape(rng, shape, style.season, frame)
+    return (1 + 254*photograph(canvas, style, sky)[:bands]**.7).astype(np.uint8), _ids(classes)[canvas.mask]
 
 def _ids(classes):
     names = landscape_classes(classes).names
@@ -132,6 +133,7 @@ def _write_png(path, values):
 
 # %% ../../nbs/segmentation/03_simulate.ipynb #c0baec82
 NODATA = 0 # In a mosaic's bands; pixels with data start at 1
+
 def simulate_mosaic(
     folder: str | Path, # Gets `images/mosaic.tif` and `masks/mosaic.tif`
     height: int = 2048, # Rows
@@ -165,12 +167,8 @@ def _sections(height, width, section, seed, style, classes, bands, landscapes) -
         y, x = np.mgrid[top:top + section, left:left + section]
         if landscapes: number, sky = int(rng.integers(landscapes)), np.float32(0)
         else: sky = 1.35*map_coordinates(coarse, (y/150 + 1, x/150 + 1), order=3).astype(np.float32)
-        values, ids = kept.get(number) or _section((seed, number), section, style, sky, classes, bands)
+        values, ids = kept.get(number) or _scene(np.random.default_rng((seed, number)), (section, section), style, classes, bands, sky, frame=True)
         if landscapes: kept[number] = values, ids
         data = x + .3*y <= .95*(width + .3*height) - .1*min(width, height)
         h, w = min(section, height - top), min(section, width - left)
         yield Window(left, top, w, h), np.where(data, values, np.uint8(NODATA))[:, :h, :w], np.where(data, ids, np.uint8(IGNORE))[:h, :w]
-
-def _section(seed, side, style, sky, classes, bands):
-    canvas = draw_landscape(np.random.default_rng(seed), (side, side), style.season, frame=True)
-    return _counts(photograph(canvas, style, sky), bands), _ids(classes)[canvas.mask]
