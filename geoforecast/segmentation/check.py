@@ -19,7 +19,7 @@ from .splits import duplicates
 from .tiles import SUFFIXES, find_classes, mask_values, open_scene, pair_files
 
 # %% ../../nbs/segmentation/08_check.ipynb #ce3d521b
-@dataclass
+@dataclass(repr=False)
 class FolderDescription:
     "Tell what a folder of images and masks holds."
     folder: Path
@@ -94,6 +94,9 @@ def lines(self: FolderDescription) -> list[tuple]: # (what, text)
 
 @patch
 def __str__(self: FolderDescription): return '\n'.join(f'{k:12} {text}' for k, text in self.lines()) + f"\n{'ready' if self.ready else 'not ready'} for training"
+
+@patch
+def __repr__(self: FolderDescription): return str(self)
 
 @patch
 def _repr_html_(self: FolderDescription):
