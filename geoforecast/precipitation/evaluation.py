@@ -233,6 +233,7 @@ def draw_spectra(
     ticks = [w for w in (2, 3, 4, 6, 8, 16, 32, 64, 128) if w <= max(counts.wavelengths, default=0)]
     ax.set(xscale='log', yscale='log', xlabel='wavelength (cells)', ylabel='variance (mm²)', title='Spectrum')
     ax.set_xticks(ticks, labels=map(str, ticks)); ax.minorticks_off(); ax.invert_xaxis()
+    ax.legend(fontsize=7, ncols=2, loc='center left', bbox_to_anchor=(0, .4))
     return ax
 
 # %% ../../nbs/precipitation/15_evaluation.ipynb #ca289190
@@ -256,7 +257,7 @@ def draw_run(
 # %% ../../nbs/precipitation/15_evaluation.ipynb #4390da48
 def write_predictions(
     run: Run, # Trained
-    maps: int = 4, # Maps to draw, spread over the test
+    maps: int = 4, # Maps to draw, of the wettest time in each of so many parts of the test
 ) -> list[Path]: # `predictions.nc` and the maps
     "Write the test forecasts into the run's folder."
     data = run.datamodule
