@@ -90,8 +90,8 @@ def _covered(points, cell, low, high, what, span, closed=True):
     "Raise `DataError` unless the cells of ascending `points` reach from `low` to `high`."
     gaps = len(points) > 1 and np.diff(points).max() > 1.5*cell
     if len(points) and not gaps and points[0] - low <= .51*cell and high - points[-1] <= (.51 if closed else 1.01)*cell: return
-    raise DataError(f"{what} {low:g}..{high:g} of the region is not covered by the data, which have {span}; "
-                    "choose a region within these bounds, or data that reach further")
+    raise DataError(f"{what} {low:g}..{high:g} of the region is not covered by the data, which have {span}, {cell:g} degrees apart; "
+                    "choose a region within these bounds, its edges no more than half that distance from a point inside, or data that reach further")
 
 def _rows(lat, south, north):
     cell = np.diff(lat).mean() if len(lat) > 1 else 0.
