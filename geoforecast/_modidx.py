@@ -2332,8 +2332,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'geoforecast/segmentation/simulate.py'),
                                                    'geoforecast.segmentation.simulate._sections': ( 'segmentation/simulate.html#_sections',
                                                                                                     'geoforecast/segmentation/simulate.py'),
-                                                   'geoforecast.segmentation.simulate._write_png': ( 'segmentation/simulate.html#_write_png',
-                                                                                                     'geoforecast/segmentation/simulate.py'),
                                                    'geoforecast.segmentation.simulate.cast_shadows': ( 'segmentation/simulate.html#cast_shadows',
                                                                                                        'geoforecast/segmentation/simulate.py'),
                                                    'geoforecast.segmentation.simulate.find_style': ( 'segmentation/simulate.html#find_style',
