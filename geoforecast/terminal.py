@@ -144,10 +144,14 @@ def quiet():
     for name in ('lightning', 'lightning.pytorch', 'lightning.fabric', 'lightning.pytorch.utilities.rank_zero', 'lightning.fabric.utilities.seed'):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault('PYTHONWARNINGS', 'ignore')
+    seen = set()
+    def show(message, *args, **kwargs):
+        if str(message) not in seen: print(f'warning: {message}', file=sys.stderr)
+        seen.add(str(message))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        warnings.filterwarnings('default', category=UserWarning, module='geoforecast')
-        warnings.showwarning = lambda message, *args, **kwargs: print(f'warning: {message}', file=sys.stderr)
+        warnings.filterwarnings('always', category=UserWarning, module='geoforecast')
+        warnings.showwarning = show
         yield
 
 # %% ../nbs/terminal.ipynb #7f0ac2e0

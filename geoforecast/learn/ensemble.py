@@ -8,12 +8,11 @@ __all__ = ['Ensemble', 'label', 'launch_ensemble', 'join']
 # %% ../../nbs/learn/08_ensemble.ipynb #d884cef7
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..core import ConfigError
 from .configuration import compose
-from .forecaster import Batch, Forecaster
+from .forecaster import Forecaster
 from .launch import Run, launch, run_folder
 from ..nn.views import turn, turn_back
 

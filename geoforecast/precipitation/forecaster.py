@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..core import ConfigError
 from ..learn.ensemble import Ensemble
-from ..learn.forecaster import Batch, Forecaster
+from ..learn.forecaster import Forecaster
 from .baselines import Ridge, fit_ridge
 from .heads import MeanHead, RainHead, RainLoss
 from .normalize import PrecipitationInputs
