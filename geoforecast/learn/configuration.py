@@ -70,6 +70,7 @@ class RunOptions:
     patience: int = 0 # Epochs without a better score after which training stops; 0 for never
     ckpt_path: str | None = None # Checkpoint to go on from; the run's own latest where None
     logger: str = 'tensorboard' # `wandb` for Weights & Biases beside TensorBoard
+    wandb_project: str = 'geoforecast' # Project there
     load_from_hdf5: bool = True # Folders of TIFF files are converted first
     keep_every: int = 0 # Epochs between checkpoints that are kept for good, as `checkpoint_epoch_N.ckpt`; 0 for none
     checkpoint_frequency: int = 0 # Training steps between two writings of `latest.ckpt`, done at the next end of an epoch; 0 for each of them
@@ -106,9 +107,11 @@ def _walk(section, prefix, options):
 
 # %% ../../nbs/learn/06_configuration.ipynb #0ebf81f9
 SECOND_NAMES = dict(loss_function='model.loss', hidden_channels='hidden_dims', gradient_clip_norm='trainer.gradient_clip_val', device='trainer.accelerator',
-                    gradient_accumulation_steps='trainer.accumulate_grad_batches', early_stopping_patience='patience', resume='ckpt_path', use_amp='trainer.precision')
+                    gradient_accumulation_steps='trainer.accumulate_grad_batches', early_stopping_patience='patience', resume='ckpt_path', use_amp='trainer.precision',
+                    early_stop_patience='patience', restore_from='ckpt_path', checkpoint_dir='output_dir', num_steps='trainer.max_steps', warmup_iters='warmup_steps',
+                    data_root='data_dir')
 SHARED = {'data.window_size': 'model.window_size', 'data.protocol': 'model.inputs.protocol', 'data.target_offset': 'model.target_offset',
-          'data.all_channels': 'model.all_channels'} # said once, to the data
+          'data.all_channels': 'model.all_channels', 'data.num_classes': 'model.num_classes'} # said once, to the data
 
 def _short(name): return SECOND_NAMES.get(name, name).replace('.init_args', '').removesuffix('.class_path')
 

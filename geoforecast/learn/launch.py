@@ -62,13 +62,14 @@ LOGGERS = ('tensorboard', 'wandb')
 def loggers_of(
     logger: str, # One of `LOGGERS`
     folder: Path, # The run's
+    project: str = 'geoforecast', # At Weights & Biases
 ) -> list[Logger]: # For the trainer
     "Build a run's loggers; raise `ConfigError` for an unknown one and where Weights & Biases is not installed."
     found = [TensorBoardLogger(folder, name='tensorboard', version='')]
     if check_choice('logger', logger, LOGGERS) == 'tensorboard': return found
     require('wandb', 'wandb')
     from lightning.pytorch.loggers import WandbLogger
-    return found + [WandbLogger(name=folder.name, save_dir=folder, project='geoforecast')]
+    return found + [WandbLogger(name=folder.name, save_dir=folder, project=project)]
 
 # %% ../../nbs/learn/07_launch.ipynb #8dc09210
 HDF5_ONLY = 'load_from_hdf5 false: folders of TIFF files are converted once and then read fast; run `geoforecast data fire convert FOLDER --out OTHER` and give data_dir OTHER'
@@ -93,7 +94,7 @@ class ForecastCLI(LightningCLI):
                      EpochReport(self.folder, quiet=self.config['log_level'] == 'warning'), LatestCheckpoint(folder, self.config['checkpoint_frequency'])]
         if self.config['keep_every']: callbacks.insert(1, ModelCheckpoint(folder, 'checkpoint_epoch_{epoch}', every_n_epochs=self.config['keep_every'], save_top_k=-1, **names))
         if patience: callbacks.insert(0, Patience(monitor, patience=patience, mode=mode))
-        own = dict(logger=loggers_of(self.config['logger'], self.folder), enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10, use_distributed_sampler=False)
+        own = dict(logger=loggers_of(self.config['logger'], self.folder, self.config['wandb_project']), enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10, use_distributed_sampler=False)
         self.trainer_defaults['callbacks'] = callbacks
         return super().instantiate_trainer(**{k: v for k, v in own.items() if self.config['trainer'][k] in (None, True)} | kwargs)
 

@@ -190,9 +190,11 @@ SCORE_KEYS = {
     'corr': ('correlation', '', 'max'), 'crps': ('continuous ranked probability score', 'mm', 'min'), 'csi': ('critical success index', '', 'max'),
     'pod': ('probability of detection', '', 'max'), 'far': ('false alarm ratio', '', 'min'), 'ets': ('equitable threat score', '', 'max'),
     'hss': ('Heidke skill score', '', 'max'), 'sedi': ('symmetric extremal dependence index', '', 'max'), 'fbias': ('frequency bias', '', 'one'),
-    'fss': ('fractions skill score', '', 'max'), 'brier': ('Brier score', '', 'min')} # key: (long name, unit, direction)
+    'fss': ('fractions skill score', '', 'max'), 'brier': ('Brier score', '', 'min'),
+    'miou': ('mean intersection over union of the classes present', '', 'max'), 'miou_foreground': ('the same without the background', '', 'max'),
+    'boundary_miou': ('mean intersection over union near the edges', '', 'max'), 'accuracy': ('share of pixels with the right class', '', 'max')} # key: (long name, unit, direction)
 
-FAMILIES = ('csi', 'pod', 'far', 'ets', 'hss', 'sedi', 'fbias', 'fss', 'brier') # Keys that take a suffix, such as `csi_5` at 5 mm
+FAMILIES = ('csi', 'pod', 'far', 'ets', 'hss', 'sedi', 'fbias', 'fss', 'brier', 'iou') # Keys that take a suffix, such as `csi_5` at 5 mm, `iou_2` of class 2
 
 def score_key(
     key: str, # Such as `ap`, or `csi_5` of a family
