@@ -46,7 +46,7 @@ def dice_loss(
     if weight is not None: counts = counts*weight
     truth = F.one_hot(target.where(target != IGNORE, 0), logits.shape[1]).movedim(-1, 1)*counts[:, None]
     chance = logits.softmax(1)
-    both, pixels, said = ((x).sum((0, 2, 3)) for x in (chance*truth, truth, chance*counts[:, None]))
+    both, pixels, said = (x.sum((0, 2, 3)) for x in (chance*truth, truth, chance*counts[:, None]))
     present = pixels > 0
     return (1 - 2*both[present]/(pixels + said)[present]).sum()/present.sum().clamp(min=1)
 
@@ -61,7 +61,7 @@ def focal_loss(
     surprise = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction='none')
     return valid_mean((-torch.expm1(-surprise)).clamp(min=1e-12)**gamma*surprise, target, weight)
 
-# %% ../../nbs/segmentation/13_losses.ipynb #44a29dcf
+# %% ../../nbs/segmentation/13_losses.ipynb #d0f426d2
 class SegmentationLoss(nn.Module):
     "Weigh cross-entropy, Dice and focal loss; raises `ConfigError` for weights that make no loss."
     def __init__(self,
@@ -87,7 +87,7 @@ class SegmentationLoss(nn.Module):
         "Compute the losses one by one, before their weights; shapes that do not fit raise `DataError`."
         if logits.ndim != 4 or (len(logits), *logits.shape[2:]) != tuple(target.shape):
             raise DataError(f'logits {tuple(logits.shape)} and target {tuple(target.shape)} do not fit; wanted (B, K, H, W) and (B, H, W)')
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).where((target != IGNORE)[:, None], 0)
         compute = dict(CE=lambda: cross_entropy(logits, target, weight, self.label_smoothing), Dice=lambda: dice_loss(logits, target, weight),
                        focal=lambda: focal_loss(logits, target, weight, self.focal_gamma))
         return {name: compute[name]() for name in self.weights}
