@@ -102,7 +102,7 @@ def parse_value(
         raise ConfigError(f"'{text}' cannot be read as a value ({reason}); put text with brackets or colons in quotes") from e
 
 # %% ../nbs/terminal.ipynb #a2a2766d
-PATHS = ('data', 'data_dir', 'output_dir', 'ckpt_path')
+PATHS = ('data', 'data_dir', 'data_root', 'class_mapping', 'labels', 'output_dir', 'checkpoint_dir', 'ckpt_path', 'restore_from')
 
 def absolute_path(
     name: str, # Of the parameter

@@ -80,7 +80,7 @@ def save_bundle(
 
 def _set_for_loading(options):
     options['ema_decay'] = 0. # the weights kept are the averaged ones
-    options.pop('health', None) # what watches a training is no part of a model
+    options.pop('limits', None) # what watches a training is no part of a model
     network = options['network'].get('init_args') or {}
     if 'pretrained' in network: network['pretrained'] = False # they need no others
 
