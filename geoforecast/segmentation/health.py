@@ -206,7 +206,7 @@ def split_networks(
 class ModelFiles(Checkpoint):
     "Keep `checkpoint_N.ckpt`, and the networks `best_model`, `best_model_ema` and `final_model_ema` as safetensors, each whole or absent."
     def __init__(self,
-        folder: str | Path | None = None, # Where they go; None: beside the best checkpoint, else the trainer's folder
+        folder: str | Path | None = None, # Where they go; None: beside the best checkpoint, and nothing is written where a training keeps none
         save_pred_every: int = 5000, # Steps between two checkpoints that are kept for good, written at the end of an epoch; 0 for none
     ):
         self.folder, self.save_pred_every = folder and Path(folder), save_pred_every
@@ -217,13 +217,13 @@ class ModelFiles(Checkpoint):
 def setup(self: ModelFiles, trainer, pl_module, stage):
     "Find the best checkpoint's keeper and the folder."
     self.keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
-    self.folder = self.folder or Path(self.keeper and self.keeper.dirpath or trainer.default_root_dir)
+    if self.keeper and not self.folder: self.folder = Path(self.keeper.dirpath)
 
 @patch
 def on_train_epoch_end(self: ModelFiles, trainer, pl_module):
     "Keep a checkpoint where one is due, and the best networks where they are new."
     n = self.save_pred_every
-    if n and self.began//n < trainer.global_step//n: self._keep(trainer)
+    if n and self.folder and self.began//n < trainer.global_step//n: self._keep(trainer)
     best = Path(self.keeper.best_model_path) if self.keeper and self.keeper.best_model_path else None
     if not trainer.is_global_zero or best is None or _source(self.folder/'best_model.safetensors') == best.name: return
     self._write('best_model', split_networks(torch.load(best, map_location='cpu', weights_only=True)['state_dict']), best.name)
@@ -231,9 +231,10 @@ def on_train_epoch_end(self: ModelFiles, trainer, pl_module):
 @patch
 def on_train_end(self: ModelFiles, trainer, pl_module):
     "Write the network of the end: the averaged one where there is one."
+    if not (self.folder and trainer.is_global_zero): return
     networks = split_networks(pl_module.state_dict())
     if '_ema' in networks: del networks['']
-    if trainer.is_global_zero: self._write('final_model', networks, f'step {trainer.global_step}')
+    self._write('final_model', networks, f'step {trainer.global_step}')
 
 @patch
 def _keep(self: ModelFiles, trainer):
