@@ -104,7 +104,7 @@ def setup(self: Learner, stage: str):
         raise ConfigError(f'{type(self).__name__} learns from unlabelled images, and there are none; add images without a mask, lower labelled_share, set unlabelled_batch_size above 0, or take segmentation/supervised')
     self.mapping = data.mapping
     self.inputs.set_statistics(data.statistics)
-    for scores in (self.train_metrics, self.val_metrics, self.test_metrics): scores.background = data.mapping.background
+    for scores in (self.train_metrics, self.val_metrics, self.test_metrics): scores.background, scores.classes = data.mapping.background, data.train_classes
 
 @patch(as_prop=True)
 def silent_from(self: Learner) -> int:
