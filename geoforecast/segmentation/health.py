@@ -184,10 +184,15 @@ def on_train_start(self: HealthMonitor, trainer, pl_module):
     trainer.should_stop |= 'gate' in self.told
 
 @patch
+def on_train_epoch_start(self: HealthMonitor, trainer, pl_module):
+    "Remember which numbers are old: the trainer hands out the last validation's until there is another."
+    self.before = dict(trainer.callback_metrics)
+
+@patch
 def on_train_epoch_end(self: HealthMonitor, trainer, pl_module):
     "Take up the epoch's row and tell what is new."
-    metrics = trainer.callback_metrics
-    self.rows.append(dict(step=trainer.global_step) | {k: metrics[k].item() for k in WATCHED if k in metrics})
+    new = {k: v.item() for k, v in trainer.callback_metrics.items() if k in WATCHED and v is not self.before.get(k)}
+    self.rows.append(dict(step=trainer.global_step) | new)
     for f in examine(self.rows, self.limits, self.silent_from):
         if f.name in self.told: continue
         self.told.append(f.name)
