@@ -149,6 +149,7 @@ class S4GAN(Learner):
         self.threshold_st, self.threshold_st_initial = threshold_st, threshold_st_initial
         self.st_start, self.st_loss_weight, self.st_weight_initial, self.st_ramp = st_start, st_loss_weight, st_weight_initial, st_ramp
 
+# %% ../../nbs/segmentation/16_s4gan.ipynb #4054065c
 @patch(as_prop=True)
 def silent_from(self: S4GAN) -> int:
     "Step from which pseudo-labels are expected."
