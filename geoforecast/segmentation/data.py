@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['names_of', 'named_scenes', 'read_selection', 'Pixels', 'class_counts', 'RareClasses', 'SegmentationBatch',
-           'SegmentationDataset', 'SegmentationDataModule', 'Images']
+           'SegmentationDataset', 'loader_of', 'SegmentationDataModule', 'Images']
 
 # %% ../../nbs/segmentation/11_data.ipynb #bc12f931
 import copy
 import csv
+import inspect
 import warnings
 from collections import defaultdict
 from functools import lru_cache
@@ -23,10 +24,10 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import ConfigError, DataError, nearest
+from ..core import ConfigError, DataError, check_choice, nearest
 from ..learn.forecaster import StepSampler
 from .classes import IGNORE, ClassMapping, number_classes, read_classes
-from .inputs import Moments, harmonise as harmonise_raw, mean_moments, moments, read_raw, training_statistics
+from .inputs import ImageInputs, Moments, harmonise as harmonise_raw, mean_moments, moments, read_raw, training_statistics
 from .splits import split_tiles, without_leaks
 from .tiles import Scene, Tile, clip_window, find_classes, find_scenes, match_bands, tiles_of
 
@@ -41,10 +42,11 @@ def names_of(
 
 def named_scenes(
     scenes: list[Scene],
-    names: list[str], # What was asked for
+    names: list[str] | str, # What was asked for; text with commas between
     data_dir: str | Path, # Folder that they were found in
 ) -> list[Scene]: # In the order of `scenes`
     "Pick scenes by name; raise `ConfigError` for a name that none has."
+    names = [n.strip() for n in names.split(',')] if isinstance(names, str) else names
     known = {s: names_of(s, data_dir) for s in scenes}
     for name in names:
         if not any(name in k for k in known.values()): raise ConfigError(f"no scene of {data_dir} is called '{name}'{nearest(name, dict.fromkeys(k[2] for k in known.values()))}")
@@ -79,6 +81,11 @@ class Pixels:
             self._patches[s.source].append(s)
             memory_limit -= s.height*s.width*(len(positions)*np.dtype(s.dtype).itemsize + s.labelled + (not s.complete))
             if memory_limit >= 0: self._kept.add(s)
+
+    def load(self):
+        "Read all that is kept, so that loader processes share it."
+        for s in self._kept:
+            for what in ['image'] + ['mask']*s.labelled + ['valid']*(not s.complete): self._whole(s, what)
 
     def moments(self,
         source: str, # Of one scene or more
@@ -183,6 +190,23 @@ class SegmentationDataset(Dataset):
         rng = np.random.default_rng(seed)
         return self.rare.draw(rng) if self.rare and rng.random() < self.rare_class_sampling else i
 
+# %% ../../nbs/segmentation/11_data.ipynb #d5202680
+def _as_is(batch): return batch
+
+def loader_of(
+    tiles: list[Tile], # Of any scenes
+    statistics: dict, # That a model carries, see `ImageInputs.statistics`
+    mapping: ClassMapping | None = None, # Read the masks too; the target is all 255 where None
+    bands=None, # See `match_bands`
+    batch_size: int = 8, # Tiles a batch
+) -> DataLoader: # Of `SegmentationBatch`, in order
+    "Serve tiles for a trained model; raise `DataError` where their bands do not fit."
+    scenes = list(dict.fromkeys(t.scene for t in tiles))
+    positions = [match_bands(s, statistics, bands) for s in scenes]
+    pixels = Pixels(scenes, mapping, positions[0] if scenes else ())
+    if statistics.get('harmonise'): pixels.reference = Moments(*(np.array(statistics['moments'][k]) for k in Moments._fields))
+    return DataLoader(SegmentationDataset(pixels, tiles, labels=mapping is not None), batch_size, collate_fn=_as_is)
+
 # %% ../../nbs/segmentation/11_data.ipynb #ea9e8ae9
 class SegmentationDataModule(L.LightningDataModule):
     "Serve tiles of scenes; raise `ConfigError` for options that do not fit, `DataError` for data that do not."
@@ -204,9 +228,9 @@ class SegmentationDataModule(L.LightningDataModule):
         labelled_share: float = 1., # Of the training tiles whose labels are used, at least one tile
         label_seed: int | None = None, # Draws them; the run's seed where None
         unlabel_rest: bool = True, # The other training tiles join the pool without their labels
-        labelled: list[str] | None = None, # Scenes whose masks are used, others with a mask count as unlabelled; all but the test where None
-        unlabelled: list[str] | None = None, # Scenes in the pool; all that neither train nor test where None
-        test: list[str] | None = None, # Scenes held out whole, with all that shows the same ground
+        labelled: list[str] | str | None = None, # Scenes whose masks are used, others with a mask count as unlabelled; all but the test where None
+        unlabelled: list[str] | str | None = None, # Scenes in the pool; all that neither train nor test where None
+        test: list[str] | str | None = None, # Scenes held out whole, with all that shows the same ground
         labels: str | None = None, # List of the tiles whose labels are used, see `read_selection`
         rare_class_sampling: float = 0., # Share of the labelled draws that go by class, see `RareClasses`
         harmonise: bool = False, # Bring every scene to the training's mean light, see `harmonise` of the inputs
@@ -306,6 +330,8 @@ def _deal(self: SegmentationDataModule, split, labels, labelled_share, label_see
     self.tiles = dict(train=train, val=parts.val, test=test, unlabelled=without_leaks(self._tiles('unlabelled') + rest, parts.val + self._tiles('test')))
     self.dropped, self.counts = parts.dropped, np.array([class_counts(t, self.mapping) for t in train])
     self.train_classes = np.flatnonzero(self.counts.sum(0)).tolist()
+    lost = [n for i, n in enumerate(self.mapping.names) if i not in self.train_classes and any(class_counts(t, self.mapping)[i] for t in parts.train)]
+    if lost: warnings.warn(f"{len(train)} of {len(parts.train)} training tiles keep their labels, and these hold no pixel of {', '.join(lost)}", stacklevel=3)
 
 @patch
 def _listed(self: SegmentationDataModule, tiles, path):
@@ -317,7 +343,7 @@ def _listed(self: SegmentationDataModule, tiles, path):
     if len(found) < len(set(wanted)): warnings.warn(f'{len(set(wanted)) - len(found)} of the {len(set(wanted))} tiles of {path} do not train: they are no tiles of labelled scenes, hold no label, or lie in validation or test')
     return found
 
-# %% ../../nbs/segmentation/11_data.ipynb #9c1a2ae3
+# %% ../../nbs/segmentation/11_data.ipynb #32cc36ef
 class Images:
     "Go through the images of tiles, as often as asked."
     def __init__(self, pixels: Pixels, tiles: list[Tile]): self.pixels, self.tiles = pixels, tiles
@@ -344,24 +370,24 @@ def statistics(self: SegmentationDataModule) -> dict:
 
 @patch
 def setup(self: SegmentationDataModule, stage: str | None = None):
-    "Take the statistics of a training."
+    "Take the statistics of a training, and read ahead what loader processes share."
     if stage in (None, 'fit'): self.statistics
+    if self.num_workers: self.pixels.load()
 
 # %% ../../nbs/segmentation/11_data.ipynb #3aca6d4a
-def _as_is(batch): return batch
-
 @patch
 def dataset(self: SegmentationDataModule,
     part: str, # `train`, `val`, `test` or `unlabelled`
 ) -> SegmentationDataset:
     "Return the tiles of a part as a dataset; those of the training bring unlabelled ones along."
+    check_choice('part', part, self.tiles)
     if part != 'train': return SegmentationDataset(self.pixels, self.tiles[part], labels=part != 'unlabelled')
     return SegmentationDataset(self.pixels, self.tiles['train'], pool=self.tiles['unlabelled'], unlabelled_batch_size=self.unlabelled_batch_size,
                                rare=RareClasses(self.counts), rare_class_sampling=self.rare_class_sampling)
 
 @patch
 def _loader(self: SegmentationDataModule, dataset, **order):
-    return DataLoader(dataset, collate_fn=_as_is, num_workers=self.num_workers, pin_memory=self.pin_memory, **order)
+    return DataLoader(dataset, collate_fn=_as_is, num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=self.pin_memory, **order)
 
 @patch
 def fields(self: SegmentationDataModule,
@@ -405,20 +431,30 @@ def _repr_html_(self: SegmentationDataModule):
     return f'<table><caption>{escape(caption)}</caption><tr><th></th><th>tiles</th><th>from</th></tr>{"".join(row(*p) for p in self.tiles.items())}</table>'
 
 # %% ../../nbs/segmentation/11_data.ipynb #9d310d75
+def _rhythm(options, steps):
+    "Steps between validations and between latest checkpoints, neither longer than the run; raise `ConfigError` where the run is no whole number of epochs."
+    defaults = inspect.signature(SegmentationDataModule).parameters
+    asked = [options.get(k) or defaults[k].default for k in ('eval_every', 'save_latest_every')]
+    every = min(asked[0], steps or asked[0])
+    epoch = min(asked[1], every)
+    if steps and steps % epoch: raise ConfigError(f'max_steps {steps} is no multiple of save_latest_every {epoch}; take {steps - steps % epoch} or {steps - steps % epoch + epoch} steps, or another save_latest_every')
+    return dict(eval_every=every, save_latest_every=epoch)
+
 @patch(cls_method=True)
 def complete(cls: SegmentationDataModule,
     config: dict, # A composed configuration
 ) -> dict: # The same with what model and trainer must know of the data
-    "Fill in classes, bands and the rhythm of validation; sides in pixels become enlargements of a tile."
+    "Fill in classes, bands, the length of the run and the rhythm of validation; sides in pixels become enlargements of a tile."
     config = copy.deepcopy(config)
-    with warnings.catch_warnings(action='ignore'): data = cls(**config['data'].get('init_args') or {}) # the data module of the run warns
-    config['data'].setdefault('init_args', {})['save_latest_every'] = data.save_latest_every
-    model, trainer = config['model'].setdefault('init_args', {}), config.setdefault('trainer', {})
+    options, model, trainer = config['data'].setdefault('init_args', {}), config['model'].setdefault('init_args', {}), config.setdefault('trainer', {})
+    steps = max(trainer.get('max_steps') or 0, 0)
+    options |= _rhythm(options, steps)
+    with warnings.catch_warnings(action='ignore'): data = cls(**options) # the data module of the run warns
     model['num_classes'] = data.num_classes
-    model['inputs'] = inputs = model.get('inputs') or {'class_path': 'geoforecast.segmentation.inputs.ImageInputs'}
+    model['inputs'] = inputs = model.get('inputs') or {'class_path': f'{ImageInputs.__module__}.ImageInputs'}
     if (known := inputs.setdefault('init_args', {})).get('bands') is None: known['bands'] = data.channels
     for name in ('scale_min', 'scale_max'):
         if (model.get(name) or 0) >= 16: model[name] = model[name]/data.size
     trainer['check_val_every_n_epoch'] = data.eval_every//data.save_latest_every
-    if (trainer.get('max_steps') or -1) > 0: trainer['max_epochs'] = -1
+    if steps: trainer |= dict(max_steps=-1, max_epochs=steps//data.save_latest_every)
     return config
