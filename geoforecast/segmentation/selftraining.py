@@ -7,11 +7,12 @@ __all__ = ['phase1', 'PRESETS', 'pseudo_labels', 'describe_labels', 'SelfTrainin
 
 # %% ../../nbs/segmentation/17_selftraining.ipynb #6173b070
 from collections.abc import Sequence
+from typing import Callable
 
 import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
-from torch import Tensor
+from torch import Tensor, nn
 
 from .augment import cutmix
 from .classes import IGNORE, number_classes
@@ -48,7 +49,7 @@ class SelfTraining(Learner):
     needs_teacher, needs_unlabelled = True, True
 
     def __init__(self,
-        network, # Recipe: `network(input_dim, num_classes)`, best with several heads
+        network: Callable[[int, int], nn.Module], # Recipe: `network(input_dim, num_classes)`, best with several heads
         loss: SegmentationLoss | None = None, # Of labels and pseudo-labels; .4 CE + .4 Dice + .2 focal by default
         st_loss_weight: float = 1., # Weight of the pseudo-labels' loss beside the labels'
         st_start: int = 1000, # Steps with labels alone
@@ -85,6 +86,16 @@ def lesson(self: SelfTraining,
 
 # %% ../../nbs/segmentation/17_selftraining.ipynb #81047216
 @patch
+def taught(self: SelfTraining,
+    images: Tensor, # (U, C, h, w) from 0 to 1
+    ids: Tensor, # (U, h, w), 255 where not valid
+    trust: Tensor, # (U, h, w)
+) -> Tensor: # Scalar
+    "Compute the student's loss on a lesson, in the mean of its heads."
+    heads = self.heads(self.network, images)
+    return sum(self.loss(logits, ids, trust) for logits in heads)/len(heads)
+
+@patch
 def losses(self: SelfTraining,
     batch, # `SegmentationBatch`
 ) -> tuple[Tensor, dict]: # What is minimised, and the terms that are logged
@@ -95,8 +106,7 @@ def losses(self: SelfTraining,
         nothing = torch.empty(0, 1, 1, dtype=torch.long, device=total.device)
         return total, terms | dict(ST=0., thresh=thresh) | describe_labels(nothing, nothing, self.num_classes)
     images, ids, trust = self.lesson(batch)
-    heads = self.heads(self.network, images)
-    taught = sum(self.loss(logits, ids, trust) for logits in heads)/len(heads)
+    taught = self.taught(images, ids, trust)
     return total + self.st_loss_weight*taught, terms | dict(ST=taught.detach(), thresh=thresh) | describe_labels(ids, trust, self.num_classes)
 
 # %% ../../nbs/segmentation/17_selftraining.ipynb #1e4ab825
