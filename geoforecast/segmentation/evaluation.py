@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'LEVELS', 'LIMITS', 'MapTally', 'tables_of', 'tally', 'units_of', 'state_scores', 'intervals', 'score_rows',
-           'pooled', 'add_gap', 'summary', 'level_of', 'verdict', 'draw_training', 'draw_pseudo_labels', 'draw_classes',
-           'draw_run', 'varied_tiles', 'draw_tile', 'scored_part', 'write_predictions', 'describe', 'report',
-           'score_bundle']
+           'pooled', 'add_gap', 'gains', 'summary', 'level_of', 'verdict', 'draw_training', 'draw_pseudo_labels',
+           'draw_classes', 'draw_scenes', 'draw_run', 'varied_tiles', 'draw_tile', 'scored_part', 'write_predictions',
+           'describe', 'report', 'score_bundle']
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #c0f8a44b
 import json
@@ -159,6 +159,22 @@ def add_gap(
         if r['model'] in training and 'miou' in r: r['gap'] = training[r['model']] - r['miou']
     return rows
 
+# %% ../../nbs/segmentation/20_evaluation.ipynb #d89e14b9
+def gains(
+    counts: MapTally, # Of the forecaster that may be better, its last model
+    other: MapTally, # Of the one it is held against, on the same tiles in the same order
+    background: int | None = None, # See `class_scores_of`
+    classes: list[int] | None = None, # See `class_scores_of`
+) -> dict[str, float]: # Each score of `state_scores` with `_lo` and `_hi`, the first minus the other's; without what is undefined
+    "Compute the differences of two forecasters with paired intervals over units; raise `DataError` for other tiles."
+    if [t.name for t in counts.tiles] != [t.name for t in other.tiles]: raise DataError(f'the two were scored on different tiles, {len(counts.tiles)} and {len(other.tiles)}; score both on the same part of the same data')
+    one, two = (c.states(list(c.rows)[-1]) for c in (counts, other))
+    return intervals(np.stack([one, two], 1), units_of(counts.tiles), partial(_difference, num_classes=counts.num_classes, background=background, classes=classes))
+
+def _difference(pair, **options):
+    one, two = (state_scores(pair[..., i, :], **options) for i in range(2))
+    return {k: one[k] - two[k] for k in one}
+
 # %% ../../nbs/segmentation/20_evaluation.ipynb #84a409b2
 SHOWN = ('miou', 'miou_lo', 'miou_hi', 'miou_foreground', 'accuracy', 'boundary_miou', 'ece', 'gap')
 
@@ -224,12 +240,17 @@ def draw_pseudo_labels(
         ax.stackplot([r['step'] for r in seen], shares, colors=mapping.palette[:len(mapping)]/255, labels=mapping.names)
         ax.set(xlabel='step', ylabel='% of the unlabelled pixels', ylim=(0, 100), title='Pseudo-labels')
     else:
-        for key, color, name in (('train/CE', '0.4', 'training, augmented'), ('val/loss', '#0072B2', 'validation')):
+        for key, color, name in (('train/total_loss', '0.4', 'training, augmented'), ('val/loss', '#0072B2', 'validation')):
             found = [(r['step'], r[key]) for r in metrics if key in r]
             ax.plot([s for s, _ in found], [v for _, v in found], color=color, label=name)
-        ax.set(xlabel='step', ylabel='cross-entropy', title='Loss')
+        ax.set(xlabel='step', ylabel='loss', title='Loss')
     ax.legend(fontsize=7)
     return ax
+
+def _of_last(rows, split, kind):
+    "The rows of classes or scenes of the split's last model, from below."
+    model = [r for r in pooled(rows) if r['split'] == split][-1]['model']
+    return [r for r in rows if kind in r and (r['model'], r['split']) == (model, split)][::-1]
 
 def draw_classes(
     ax, # Matplotlib axes to draw on
@@ -237,13 +258,25 @@ def draw_classes(
     split: str, # The split to show
 ): # The axes
     "Draw the IoU of each class of the last model with its interval."
-    model = [r for r in pooled(rows) if r['split'] == split][-1]['model']
-    shown = [r for r in rows if 'class' in r and (r['model'], r['split']) == (model, split)][::-1]
+    shown = _of_last(rows, split, 'class')
     for y, r in enumerate(shown):
         ax.barh(y, r.get('iou', 0), color='#56B4E9' if r['trained'] else '0.8')
         if 'iou_lo' in r: ax.plot([r['iou_lo'], r['iou_hi']], [y, y], color='k')
     names = [f"{r['class']}  {r['iou']:.2f}" if 'iou' in r else f"{r['class']}  not there" for r in shown]
     ax.set(yticks=range(len(shown)), yticklabels=names, xlim=(0, 1), xlabel='IoU, 95% interval', title=f'Classes, {split}')
+    return ax
+
+def draw_scenes(
+    ax, # Matplotlib axes to draw on
+    rows: list[dict], # As `score_rows` gives them
+    split: str, # The split to show
+    most: int = 24, # Scenes to show, the poorest
+): # The axes
+    "Draw the mean IoU of the scenes of the last model, the best on top; nothing where there is one scene."
+    shown = sorted((r for r in _of_last(rows, split, 'scene') if 'miou' in r), key=lambda r: r['miou'])[:most]
+    if not shown: ax.set_axis_off()
+    ax.barh([f"{r['scene']}  {r['miou']:.2f}" for r in shown], [r['miou'] for r in shown], color='0.7')
+    ax.set(xlim=(0, 1), xlabel='mIoU', title=f'Scenes, {split}')
     return ax
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #fa434b29
@@ -260,9 +293,7 @@ def draw_run(
     draw_classes(axes[0, 2], rows, split)
     draw_confusion(axes[1, 0], tables_of(counts.states(model).sum(0), len(mapping))[0], mapping)
     draw_reliability(axes[1, 1], counts.confidence[model], color='#0072B2').set(xlabel='confidence', ylabel='share of right pixels', title='Reliability')
-    scenes = [r for r in rows if 'scene' in r and (r['model'], r['split']) == (model, split)][:30]
-    axes[1, 2].barh([r['scene'] for r in scenes], [r.get('miou', np.nan) for r in scenes], color='0.6')
-    axes[1, 2].set(xlabel='mIoU', xlim=(0, 1), title=f'Scenes, {split}')
+    draw_scenes(axes[1, 2], rows, split)
     return fig
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #8854993d
