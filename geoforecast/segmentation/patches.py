@@ -59,10 +59,10 @@ def patchify(
 ) -> list[Path]: # The images written now and before; patches without any data are left out
     "Cut a mosaic into georeferenced patches, going on where an interrupted call stopped; raises `DataError` where `out` was cut otherwise."
     scene, out = mosaic if isinstance(mosaic, Scene) else open_scene(mosaic, mask), Path(out)
+    tiles, written = tiles_of(scene, size, overlap), []
     _keep_plan(out/f'{scene.name}.patches.json', dict(mosaic=scene.image.name, mask=scene.mask and scene.mask.name, height=scene.height, width=scene.width,
                                                        size=size, overlap=overlap, bytes=scene.image.stat().st_size, **scene.channels()))
-    written = []
-    for tile in tiles_of(scene, size, overlap):
+    for tile in tiles:
         path = out/'images'/f'{tile.name}.tif'
         if scene.labelled and not (label := out/'masks'/path.name).exists(): _write_patch(label, scene.mask, tile.window, IGNORE)
         if path.exists() or _write_patch(path, scene.image, tile.window, 0, skip_empty=True): written.append(path)
