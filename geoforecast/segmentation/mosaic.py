@@ -192,7 +192,8 @@ def write_polygons(
 ) -> Path: # `path`
     "Trace the regions of a class map."
     with atomic_path(path) as p, open_raster(classes) as f, closing(sqlite3.connect(p)) as db:
-        _describe(db, f.crs, f.bounds)
+        left, bottom, right, top = f.bounds
+        _describe(db, f.crs, (left, min(bottom, top), right, max(bottom, top)))
         head = b'GP\x00\x01' + _srs(f.crs)[1].to_bytes(4, 'little', signed=True)
         for window in [Window(c, r, min(section, f.width - c), min(section, f.height - r)) for r in range(0, f.height, section) for c in range(0, f.width, section)]:
             rows = [(head + shapely.to_wkb(region, byte_order=1), k, mapping.names[k], '#%02X%02X%02X' % tuple(mapping.colours[k])) for k, region in _regions(f, window, len(mapping))]
