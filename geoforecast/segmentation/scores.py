@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['confusion_of', 'iou_of', 'miou_of', 'draw_confusion', 'boundary_of', 'boundary_confusion_of', 'confidence_histogram',
-           'class_scores_of', 'SegmentationScores']
+           'class_scores_of', 'SegmentationScores', 'tile_states', 'tables_of', 'state_scores', 'units_of', 'intervals']
 
 # %% ../../nbs/segmentation/12_scores.ipynb #5124aa90
-from typing import Sequence
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,7 +17,9 @@ from torchmetrics import Metric
 
 from ..core import DataError
 from ..learn.metrics import N_BINS, histogram_of, scores_of
+from ..learn.resample import bootstrap
 from .classes import IGNORE, ClassMapping
+from .tiles import Tile
 
 # %% ../../nbs/segmentation/12_scores.ipynb #1accac98
 def confusion_of(
@@ -146,3 +148,50 @@ class SegmentationScores(Metric):
         "Return the scores of `class_scores_of`, and `ece`, which is NaN where only ids were given, as plain numbers."
         found = class_scores_of(self.confusion.cpu(), self.background, self.classes)
         return {k: float(v) for k, v in found.items()} | dict(ece=float(scores_of(self.histogram)['ece']))
+
+# %% ../../nbs/segmentation/12_scores.ipynb #95e33a7f
+def tile_states(
+    prediction: Tensor, # (B, H, W) ids
+    target: Tensor, # (B, H, W) ids of the truth, 255 where there is none
+    num_classes: int, # K
+) -> Tensor: # (B, K*K + (K + 1)**2) int64
+    "Count each tile into a row that can be added to others."
+    return torch.cat([tables.flatten(1) for tables in (confusion_of(prediction, target, num_classes), boundary_confusion_of(prediction, target, num_classes))], 1)
+
+def tables_of(
+    states: np.ndarray, # (..., K*K + (K + 1)**2), rows of `tile_states` or sums of them
+    num_classes: int, # K
+) -> tuple[np.ndarray, np.ndarray]: # (..., K, K) of all pixels, (..., K + 1, K + 1) of the bands along the edges
+    "Give rows their shape."
+    plain, bands = np.split(np.asarray(states), [num_classes**2], axis=-1)
+    return plain.reshape(*states.shape[:-1], num_classes, num_classes), bands.reshape(*states.shape[:-1], num_classes + 1, num_classes + 1)
+
+def state_scores(
+    states: np.ndarray, # (..., K*K + (K + 1)**2), rows of `tile_states` or sums of them
+    num_classes: int, # K
+    background: int | None = None, # See `class_scores_of`
+    classes: Sequence[int] | None = None, # See `class_scores_of`
+) -> dict[str, np.ndarray]: # Each (...): those of `class_scores_of`, and `boundary_miou`
+    "Compute every score of summed rows."
+    plain, bands = tables_of(states, num_classes)
+    return class_scores_of(plain, background, classes) | dict(boundary_miou=miou_of(bands, range(num_classes) if classes is None else classes))
+
+# %% ../../nbs/segmentation/12_scores.ipynb #ddda29cd
+def units_of(
+    tiles: list[Tile], # Scored
+) -> np.ndarray: # (n,) number of each tile's unit
+    "Number what a bootstrap draws as one: sources where there are five or more, else blocks of 2 x 2 tiles."
+    sources = [t.scene.source for t in tiles]
+    if len(set(sources)) >= 5: return np.unique(sources, return_inverse=True)[1]
+    block = lambda t: tuple((at + start)//(2*t.size) for at, start in zip((t.row, t.column), t.scene.origin))
+    return np.unique([f'{t.scene.source} {block(t)}' for t in tiles], return_inverse=True)[1]
+
+def intervals(
+    states: np.ndarray, # (n, K*K + (K + 1)**2), rows of `tile_states`
+    units: np.ndarray, # (n,) number of each row's unit
+    scores: Callable, # Function of summed rows, such as `state_scores` with its options
+) -> dict[str, float]: # Each score, with `_lo` and `_hi` of its 95% interval where there are two units or more; without what is undefined
+    "Estimate scores with intervals over units."
+    summed = np.stack([states[units == u].sum(0) for u in range(units.max() + 1)])
+    found = bootstrap(summed, scores) if len(summed) > 1 else [scores(summed.sum(0))]
+    return {f'{k}{end}': float(values[k]) for end, values in zip(('', '_lo', '_hi'), found) for k in values if np.isfinite(values[k])}
