@@ -125,13 +125,18 @@ def mask(self: Pixels,
     return np.pad(self._whole(tile.scene, 'mask')[inner], beyond, constant_values=IGNORE)
 
 # %% ../../nbs/segmentation/11_data.ipynb #43c13502
+@lru_cache(maxsize=1)
+def _whole_mask(scene, mapping): return scene.read_mask(mapping=mapping)
+
 @lru_cache(maxsize=2**20)
 def class_counts(
     tile: Tile,
     mapping: ClassMapping,
 ) -> tuple: # K numbers of pixels
-    "Count the labelled pixels of a tile by class."
-    return tuple(np.bincount(tile.read_mask(mapping).ravel(), minlength=IGNORE + 1)[:len(mapping)].tolist())
+    "Count the labelled pixels of a tile by class; scenes up to 64 million pixels are read once for all their tiles."
+    small = tile.scene.height*tile.scene.width <= 2**26
+    ids = _whole_mask(tile.scene, mapping)[clip_window(tile.window, tile.scene.shape)[0]] if small else tile.read_mask(mapping)
+    return tuple(np.bincount(ids.ravel(), minlength=IGNORE + 1)[:len(mapping)].tolist())
 
 class RareClasses:
     "Draw tiles by way of their classes, rare ones first (DAFormer; Hoyer et al., 2022)."
@@ -321,7 +326,7 @@ def _deal(self: SegmentationDataModule, split, labels, labelled_share, label_see
     known = list(filter(has_label, candidates))
     if not known: raise DataError(f'no labelled pixel is left to train on in {self.data_dir}, once the test scenes and what shows the same ground are taken out')
     split['by'] = self.split_by = split['by'] or ('scene' if len({t.scene.source for t in known}) > 2 else 'block')
-    parts = split_tiles(known, **split)
+    parts = split_tiles(known, **split, counts=np.array([class_counts(t, self.mapping) for t in known]))
     listed = self._listed(parts.train, labels) if labels else parts.train
     drawn = np.random.default_rng(label_seed % 2**63).permutation(len(listed))[:max(round(labelled_share*len(listed)), 1)]
     train = [listed[i] for i in sorted(drawn)]

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_choice
-from .tiles import Scene, strips
+from .tiles import Scene
 
 # %% ../../nbs/segmentation/10_inputs.ipynb #db10e70a
 def read_raw(
@@ -64,7 +64,7 @@ class ImageInputs(nn.Module):
 
     def __init__(self,
         bands: list[str] | None = None, # Names of the C bands; red, green and blue where None
-        normalisation: Literal['dataset', 'batch', 'image'] = 'dataset', # Mean and standard deviation of the training, of a batch, or of each image
+        normalisation: Literal['dataset', 'batch', 'image'] = 'dataset', # By mean and standard deviation of the training, of a batch while training, or of each image
     ):
         super().__init__()
         self.normalisation = check_choice('normalisation', normalisation, ('dataset', 'batch', 'image'))
@@ -113,7 +113,7 @@ def normalised(self: ImageInputs,
     scaled: Tensor, # (B, C, H, W) from 0 to 1
 ) -> Tensor: # (B, C, H, W), what the network sees
     "Bring scaled values to mean 0 and standard deviation 1."
-    if self.normalisation == 'dataset': return (scaled - _column(self.mean))/_column(self.std)
+    if self.normalisation == 'dataset' or self.normalisation == 'batch' and not self.training: return (scaled - _column(self.mean))/_column(self.std)
     over = (0, 2, 3) if self.normalisation == 'batch' else (2, 3)
     spread, mean = torch.var_mean(scaled, over, correction=0, keepdim=True)
     return (scaled - mean)/spread.sqrt().clamp(min=1e-4)
@@ -131,13 +131,15 @@ class Moments(NamedTuple):
     mean: np.ndarray # (C,)
     std: np.ndarray # (C,)
 
+def _parts(shape, rows=512, columns=4096): return [(slice(r, min(r + rows, shape[0])), slice(c, min(c + columns, shape[1]))) for r in range(0, shape[0], rows) for c in range(0, shape[1], columns)]
+
 def moments(
     *scenes: Scene, # A scene, or the patches of one
     positions=None, # Of the bands, as `match_bands` gives them; all where None
 ) -> Moments:
-    "Take the moments of the pixels that hold data, strip by strip; raise `DataError` where none does."
+    "Take the moments of the pixels that hold data, part by part; raise `DataError` where none does."
     n = total = squares = 0.
-    for values in (read_raw(s, w, positions) for s in scenes for w in strips(s.shape)):
+    for values in (read_raw(s, w, positions) for s in scenes for w in _parts(s.shape)):
         known = np.isfinite(values).all(0)
         found = values[:, known].astype(np.float64)
         n, total, squares = n + known.sum(), total + found.sum(1), squares + (found**2).sum(1)

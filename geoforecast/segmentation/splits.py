@@ -117,23 +117,38 @@ def _draw(groups, share, seed):
     return np.isin(groups, chosen or [sizes.argmin()])
 
 # %% ../../nbs/segmentation/08_splits.ipynb #7e602a52
+def _unevenness(chosen, counts, share):
+    "Number of classes of which a part has next to nothing, and the mean distance of the classes' shares from the wanted one."
+    total = counts.sum(0)
+    held = counts[chosen].sum(0)[total > 0]/total[total > 0]
+    return int(((held < share/4) | (1 - held < (1 - share)/4)).sum()), float(np.abs(held - share).mean())
+
+def _even_draw(ways, share, seed, counts):
+    "Of 200 draws by each way to group the tiles, the one that gives both parts of every class."
+    drawn = [(n, _draw(groups, share, [seed, i])) for n, groups in enumerate(ways) for i in range(200)]
+    lacking = [_unevenness(chosen, counts, share) for _, chosen in drawn]
+    return drawn[min(range(len(drawn)), key=lambda i: (lacking[i][0], drawn[i][0], lacking[i][1]))][1]
+
+# %% ../../nbs/segmentation/08_splits.ipynb #c67dcdaa
 def split_tiles(
     tiles: list[Tile],
     val_split: float = .2, # Share of the tiles to validate on, met as nearly as the groups allow
     by: str = 'scene', # 'scene' or 'block'
     block_size: int | None = None, # Side of a block in pixels; 2 to 4 tiles where None
     seed: int = 0, # Draws the groups
+    counts: np.ndarray | None = None, # (n, K) labelled pixels of each class in each tile; where given, both parts get of every class if they can
 ) -> Split:
     "Split tiles into training and validation that share no ground and no picture; raises `ConfigError` where there is only one group."
     check_choice('split by', by, ('scene', 'block'))
     if not 0 < val_split < 1: raise ConfigError(f"val_split {val_split} must lie between 0 and 1")
     if not tiles: raise DataError("there are no tiles to split")
-    block_size = block_size or _block_size(tiles)
-    groups = _connected(tiles) if by == 'scene' else _blocks(tiles, block_size)
-    if groups.max() == 0: raise ConfigError(f"all {len(tiles)} tiles belong to one {by}; " + ("split by='block'" if by == 'scene' else f"choose a block_size below {block_size}"))
-    chosen = _draw(groups, val_split, seed)
+    sizes = [block_size or _block_size(tiles)]
+    if block_size is None and counts is not None: sizes = range(sizes[0], tiles[0].size, -tiles[0].size)
+    ways = [g for g in ([_connected(tiles)] if by == 'scene' else [_blocks(tiles, s) for s in sizes]) if g.max() > 0]
+    if not ways: raise ConfigError(f"all {len(tiles)} tiles belong to one {by}; " + ("split by='block'" if by == 'scene' else f"choose a block_size below {sizes[-1]}"))
+    chosen = _draw(ways[0], val_split, seed) if counts is None else _even_draw(ways, val_split, seed, counts)
     val, rest = [t for t, c in zip(tiles, chosen) if c], [t for t, c in zip(tiles, chosen) if not c]
     train = without_leaks(rest, val)
-    if not train: raise ConfigError(f"every training tile shares ground with a validation tile; choose less overlap or a block_size above {block_size}")
+    if not train: raise ConfigError(f"every training tile shares ground with a validation tile; choose less overlap or a block_size above {sizes[0]}")
     lost = set(rest) - set(train)
     return Split(train, val, [t for t in rest if t in lost])
