@@ -37,7 +37,7 @@ class Learner(Forecaster):
         scale_min: float = .5, # Smallest enlargement of a training view; from 16 on, pixels that a tile's side shall have
         scale_max: float = 2., # Largest, in the same way
         no_multi_scale: bool = False, # Keep the scale of the images
-        strong_labelled: bool = True, # Change light, colour and sharpness of labelled views too
+        strong_labelled: bool = False, # Change light, colour and sharpness of labelled views too; small networks learn less from them then
         optimizer: Literal['adamw', 'sgd'] = 'adamw', # SGD has momentum .9
         learning_rate: float = 2.5e-4, # Peak of the schedule
         head_factor: float = 1., # Learning rate of everything behind the encoder, as a multiple
