@@ -1,18 +1,27 @@
-"Cases of the land-cover scores that would interrupt their notebook: odd inputs, other sizes, symmetries."
+"Cases of the land-cover scores and reports that would interrupt their notebooks: odd inputs, other sizes, symmetries, other bands."
 
+import json
+import shutil
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 from scipy import ndimage
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from geoforecast.core import DataError
+from geoforecast.learn.bundle import load_bundle
+from geoforecast.learn.launch import launch
 from geoforecast.learn.resample import bootstrap
 from geoforecast.segmentation.classes import IGNORE
+from geoforecast.segmentation.evaluation import pooled, report, score_bundle
+from geoforecast.segmentation.landscape import landscape_classes
 from geoforecast.segmentation.scores import (SegmentationScores, boundary_confusion_of, boundary_of, class_scores_of, confidence_histogram,
-                                             confusion_of, iou_of, miou_of)
+                                             confusion_of, intervals, iou_of, miou_of, state_scores, tables_of, tile_states)
+from geoforecast.segmentation.simulate import simulate_mosaic
 
 K = 4
 
@@ -141,3 +150,70 @@ def test_boundary_scores_can_be_bootstrapped():
     states = boundary_confusion_of(said, truth, K)
     estimate, low, high = bootstrap(states, lambda sums: miou_of(sums, range(K)), n_resamples=200)
     assert np.isclose(estimate, miou_of(states.sum(0), range(K))) and 0 < low < estimate < high < 1
+
+
+def test_rows_of_tiles_add_up_to_the_tables_of_the_whole():
+    truth, said = patches(8, (5, 48, 64)), patches(9, (5, 48, 64), ignored=0)
+    plain, bands = tables_of(tile_states(said, truth, K).sum(0).numpy(), K)
+    assert np.array_equal(plain, confusion_of(said, truth, K).sum(0)) and np.array_equal(bands, boundary_confusion_of(said, truth, K).sum(0))
+
+
+def test_one_unit_has_scores_but_no_interval():
+    states = tile_states(patches(0, ignored=0), patches(1), K).numpy()
+    found = intervals(states, np.zeros(3, int), partial(state_scores, num_classes=K))
+    assert 'miou' in found and not [k for k in found if k.endswith(('_lo', '_hi'))]
+    assert np.isclose(found['miou'], miou_of(tables_of(states.sum(0), K)[0]))
+
+
+@pytest.fixture(scope='module')
+def reported(tmp_path_factory):
+    "An untrained run on a mosaic with four bands, no-data and nothing held out, reported; and its rows."
+    folder = tmp_path_factory.mktemp('run')
+    simulate_mosaic(folder/'data', 320, 384, seed=1, bands=4, section=256)
+    landscape_classes().write(folder/'data'/'class_mapping.csv')
+    def part(name, **options): return dict(class_path=f'geoforecast.segmentation.{name}', init_args=options)
+    model = part('supervised.Supervised', network=part('models.DeepLabV3Plus', encoder='tiny'), warmup_steps=0)
+    data = part('data.SegmentationDataModule', data_dir=str(folder/'data'), size=64, unlabelled_batch_size=0, harmonise=True, eval_every=10, save_latest_every=10)
+    run = launch(dict(name='run', output_dir=str(folder/'run'), model=model, data=data, monitor='val/miou', trainer=dict(max_steps=10, accelerator='cpu', logger=False)))
+    run.forecaster.inputs.set_statistics(run.datamodule.statistics)
+    return run, report(run, maps=2)
+
+
+def test_a_report_without_a_test_part(reported):
+    run, rows = reported
+    assert {r['split'] for r in rows} == {'val'} and len(pooled(rows)) == 1 and 'gap' in pooled(rows)[0]
+    assert json.loads((run.folder/'scores.json').read_text()) == rows
+    assert len(list(run.folder.glob('map_*.png'))) == 2 and (run.folder/'figures'/'scores.png').exists() and (run.folder/'model_card.md').exists()
+
+
+def test_predictions_lie_where_the_image_lies(reported):
+    run, _ = reported
+    image, = (s.image for s in run.datamodule.roles['labelled'])
+    classes, = run.folder.glob('predictions/**/classes.tif')
+    with rasterio.open(image) as a, rasterio.open(classes) as b:
+        assert (a.crs, a.transform, a.shape) == (b.crs, b.transform, b.shape)
+        assert np.array_equal(a.dataset_mask() > 0, b.dataset_mask() > 0)
+
+
+def test_class_rows_agree_with_the_pooled_one(reported):
+    _, rows = reported
+    total, = pooled(rows)
+    for i, r in enumerate(r for r in rows if 'class' in r):
+        assert r.get('iou') == total.get(f'iou_{i}') and r['class'] == landscape_classes().names[i]
+    assert np.isclose(sum(r['share'] for r in rows if 'class' in r), 1)
+    assert np.isclose(sum(r['share']*r.get('recall', 0) for r in rows if 'class' in r), total['accuracy'])
+
+
+def test_a_bundle_scores_as_its_run_and_takes_its_bands_by_name(reported, tmp_path):
+    run, rows = reported
+    bundle = load_bundle(run.folder/'bundle')
+    whole, = pooled(score_bundle(bundle, run.datamodule.data_dir))
+    with rasterio.open(next(s.image for s in run.datamodule.roles['labelled'])) as f: image, profile = f.read(), f.profile
+    order = [3, 0, 2, 1]
+    named = [run.datamodule.channels[i] for i in order]
+    for kind in ('images', 'masks'): (tmp_path/kind).mkdir()
+    with rasterio.open(tmp_path/'images'/'mosaic.tif', 'w', **profile | dict(photometric='MINISBLACK')) as f:
+        f.write(image[order])
+        f.descriptions = named
+    shutil.copy(next(s.mask for s in run.datamodule.roles['labelled']), tmp_path/'masks'/'mosaic.tif')
+    assert pooled(score_bundle(bundle, tmp_path))[0] == whole

@@ -268,7 +268,7 @@ def draw_tile(
     target, said = target.cpu().numpy(), said.cpu().numpy()
     for ax, picture, title in zip(axes, (_picture(forecaster.inputs, raw), mapping.to_colours(target), mapping.to_colours(said)), ('image', 'truth', 'map')): ax.imshow(picture); ax.set_title(title)
     mapping.legend(axes[2], np.stack([target, said]))
-    add_colorbar(axes[3].imshow(confidence.cpu(), vmin=0, vmax=1, cmap='viridis'), axes[3], 'probability of the class')
+    add_colorbar(axes[3].imshow(confidence.cpu().numpy(), vmin=0, vmax=1, cmap='viridis'), axes[3], 'probability of the class')
     axes[3].set_title('confidence')
     for ax in axes: ax.set_axis_off()
     return fig
