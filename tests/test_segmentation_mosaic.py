@@ -116,6 +116,14 @@ def test_place_and_missing_pixels_are_the_image_s(tmp_path, dtype, nodata):
         assert classes.nodata == (255 if nodata is not None or dtype == 'float32' else None)
 
 
+def test_transparent_pixels_are_missing(tmp_path):
+    opaque = np.full((1, 64, 64), 255, 'uint8'); opaque[:, :20] = 0
+    scene = open_scene(write_image(tmp_path/'a.png', np.concatenate([np.full((3, 64, 64), 99, 'uint8'), opaque])))
+    files = predict_scene(Network(), scene, number_classes(3), tmp_path/'map', size=32)
+    for path in files:
+        with rasterio.open(path) as f: np.testing.assert_array_equal(f.dataset_mask(), opaque[0])
+
+
 def test_turned_and_placeless_images_keep_what_they_have(tmp_path):
     turned = Affine(.5, .2, 465595.8, .2, -.5, 5245788.6)
     for name, profile in dict(turned=dict(crs='EPSG:32632', transform=turned), none={}).items():
@@ -149,6 +157,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(DataError, match='bands=4,1,2'): choose_bands(scene, wanted, (4, 1, 2))
     with pytest.raises(ConfigError, match='names 5'): predict_scene(Network(), scene, number_classes(5), tmp_path/'map', size=32)
     with pytest.raises(ConfigError, match='overlap'): predict_scene(Network(), scene, number_classes(3), tmp_path/'map', size=32, overlap=32)
+    bundle = Bundle(tmp_path, Network(), {}, dict(classes=number_classes(3).to_dict(), size=32), {}, [])
+    other = open_scene(write_image(tmp_path/'b.png', np.ones((1, 40, 40), 'uint8')))
+    with pytest.raises(DataError, match='b.png'): forecast_bundle(bundle, [scene.image, other.image], tmp_path/'out')
+    assert not (tmp_path/'out').exists() # nothing is begun that cannot be ended
     with pytest.raises(ConfigError, match='views'): predict_scene(Network(), scene, number_classes(3), tmp_path/'map', size=32, views=9)
     assert nodata_of(scene, 3) == (None, None)
 
