@@ -18,7 +18,7 @@ from geoforecast.segmentation.data import SegmentationBatch
 from geoforecast.segmentation.health import HealthLimits, HealthMonitor, HealthWarning
 from geoforecast.segmentation.inputs import ImageInputs
 from geoforecast.segmentation.models import DeepLabV3Plus, Discriminator
-from geoforecast.segmentation.s4gan import S4GAN, V2, pseudo_labels, shared_holes
+from geoforecast.segmentation.s4gan import S4GAN, V2, pseudo_labels, shared_holes, stretch
 
 K, STEPS = 3, 9
 TINY, NARROW = partial(DeepLabV3Plus, encoder='tiny', dropout_rate=0.), partial(Discriminator, width=4, dropout_rate=0.)
@@ -30,7 +30,9 @@ def make_batch():
     image = lambda: 255*torch.rand(2, 3, 32, 32, generator=random)
     masks = torch.randint(0, K, (2, 8, 8), generator=random).repeat_interleave(4, 1).repeat_interleave(4, 2)
     masks[0, :5] = 255
-    return SegmentationBatch(image(), masks, image()*torch.tensor([.3, 1])[:, None, None, None], torch.arange(2))
+    unlabelled = image()*torch.tensor([.3, 1])[:, None, None, None]
+    unlabelled[1, :, 24:] = torch.nan
+    return SegmentationBatch(image(), masks, unlabelled, torch.arange(2))
 
 
 class Kept(S4GAN):
@@ -71,7 +73,7 @@ class Watch(L.Callback):
 
 def test_one_step_is_the_papers():
     "Cross-entropy, feature matching and self-training by hand, then SGD and Adam by hand."
-    batch, seen = make_batch(), []
+    batch = make_batch()
     start, learner = make(), make(st_start=0, threshold_st=.4)
     reference, judge = copy.deepcopy(start.network).train(), copy.deepcopy(start.discriminator).train()
     L.Trainer(max_steps=1, max_epochs=-1, limit_val_batches=0, **OFF).fit(learner, loader(1))
@@ -83,19 +85,21 @@ def test_one_step_is_the_papers():
     scale = lambda x: torch.stack([(i - i.min())/(i.max() - i.min()) for i in x])
     normal = lambda x: (x - .5)/.25
     pred, other = reference(normal(images)), reference(normal(unlabelled))
-    known = masks != 255
+    both = (masks != 255) & valid
     ce = F.cross_entropy(pred, masks, ignore_index=255)
-    drawn, predicted = one_hot*known[:, None], other.softmax(1)*known[:, None]
+    drawn, predicted = one_hot*both[:, None], other.softmax(1)*both[:, None]
     score, features = judge(predicted, scale(unlabelled))
-    assert (score.sigmoid() > .4).all() and valid.all()
-    st = F.cross_entropy(other, other.argmax(1))
+    assert (score.sigmoid() > .4).all() and (~valid).sum() == 8*32
+    st = F.cross_entropy(other, torch.where(valid, other.argmax(1), 255), ignore_index=255)
     fm = (judge(drawn, scale(images))[1].mean(0) - features.mean(0)).abs().mean()
     total = ce + .1*fm + st
     gradients = torch.autograd.grad(total, list(reference.parameters()))
     row = learner.rows[0]
     for name, value in dict(CE=ce, FM=fm, ST=st, total_loss=total).items(): assert row[name] == pytest.approx(value.item(), rel=1e-4)
-    assert row['ST_images'] == 2 and row['ST_pixels'] == row['ST_cnt'] == 2*32*32 and row['accept_rate'] == 1
+    assert row['ST_images'] == 2 and row['ST_pixels'] == row['ST_cnt'] == 2*32*32 - 8*32 and row['accept_rate'] == 1
 
+    sgd, adam = learner.optimizers(use_pl_optimizer=False)
+    assert all((g['momentum'], g['weight_decay']) == (.9, 5e-4) for g in sgd.param_groups) and adam.param_groups[0]['betas'] == (.9, .99)
     heads = {id(p) for name, p in reference.named_parameters() if not name.startswith('encoder.')}
     for p, new, g in zip(reference.parameters(), learner.network.parameters(), gradients):
         torch.testing.assert_close(new, p - (10 if id(p) in heads else 1)*1e-2*(g + 5e-4*p), rtol=1e-3, atol=1e-5)
@@ -206,11 +210,15 @@ def validated(epochs, callbacks=(), **options):
 
 
 def test_8_stability_monitor():
-    "Nothing is learnt at a rate of 0, so no evaluation gains on the first."
-    still = dict(learning_rate=0., warmup_steps=0, ema_decay=.5)
-    patience = V2['stability_monitor']['patience']
-    assert patience == 15 and validated(6, **still).current_epoch == 6
-    assert validated(6, [Patience('val/miou', mode='max', patience=3)], **still).current_epoch == 4
+    "Nothing is learnt at a rate of 0 with batch statistics that stay, so no evaluation gains on the first."
+    class Still(L.Callback):
+        def on_fit_start(self, trainer, learner):
+            for m in learner.network.modules():
+                if isinstance(m, nn.BatchNorm2d): m.momentum = 0.
+    assert V2['stability_monitor'] == dict(patience=15)
+    monitor = Patience('val/miou', mode='max', patience=3)
+    assert validated(6, [Still()], learning_rate=0.).current_epoch == 6
+    assert validated(6, [Still(), monitor], learning_rate=0.).current_epoch == 4 and monitor.best_score > 0
 
 
 def test_9_gap_monitor():
@@ -279,6 +287,17 @@ def test_what_the_network_wants_does_not_train_the_discriminator():
     L.Trainer(max_steps=3, max_epochs=-1, limit_val_batches=0, **OFF).fit(learner, loader(3))
     assert all(p.grad is None for p in learner.discriminator.parameters())
     assert all(torch.equal(before[k], v) for k, v in learner.discriminator.state_dict().items())
+
+
+def test_unlabelled_images_get_the_same_views():
+    "Changes of light on one kind of image alone would tell the discriminator which is which."
+    for strong, expected in ((True, 2), (False, 0)):
+        learner, changed = make(strong_labelled=strong), []
+        learner.strong = lambda images: changed.append(1 - images) or changed[-1]
+        judged = []
+        learner.discriminator.register_forward_pre_hook(lambda _, args: judged.append(args[1].detach()))
+        L.Trainer(max_steps=1, max_epochs=-1, limit_val_batches=0, **OFF).fit(learner, loader(1))
+        assert len(changed) == expected and all(any(torch.equal(stretch(c), j) for j in judged) for c in changed)
 
 
 def test_maps_have_the_same_holes():
