@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'read_raw', 'value_range', 'training_statistics', 'ImageInputs', 'Moments', 'moments', 'mean_moments',
-           'harmonise']
+           'harmonise', 'Pixels']
 
 # %% ../../nbs/segmentation/10_inputs.ipynb #dc993c0c
+from collections import defaultdict
 from typing import Iterable, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_choice
-from .tiles import Scene
+from .classes import IGNORE, ClassMapping
+from .tiles import Scene, Tile, clip_window
 
 # %% ../../nbs/segmentation/10_inputs.ipynb #db10e70a
 def read_raw(
@@ -171,3 +173,61 @@ def harmonised(self: ImageInputs,
     "Bring a window of a scene to the light of the training, where the training did so too."
     if not self.harmonise: return raw
     return harmonise(raw, own, Moments(self.reference_mean.cpu().numpy(), self.reference_std.cpu().numpy()))
+
+# %% ../../nbs/segmentation/10_inputs.ipynb #216d6532
+class Pixels:
+    "Serve tiles of scenes, from memory where they fit."
+    def __init__(self,
+        scenes: list[Scene], # Those in front are kept in memory first
+        mapping: ClassMapping,
+        positions: tuple, # Of the bands, as `match_bands` gives them
+        memory_limit: int = 2**32, # Bytes for images and masks
+    ):
+        self.mapping, self.positions, self.reference = mapping, positions, None
+        self._kept, self._read, self._own, self._patches = set(), {}, {}, defaultdict(list)
+        for s in scenes:
+            self._patches[s.source].append(s)
+            memory_limit -= s.height*s.width*(len(positions)*np.dtype(s.dtype).itemsize + s.labelled + (not s.complete))
+            if memory_limit >= 0: self._kept.add(s)
+
+    def load(self):
+        "Read all that is kept, so that loader processes share it."
+        for s in self._kept:
+            for what in ['image'] + ['mask']*s.labelled + ['valid']*(not s.complete): self._whole(s, what)
+
+    def moments(self,
+        source: str, # Of one scene or more
+    ) -> Moments:
+        "Return the moments of a source, taken once."
+        if source not in self._own: self._own[source] = moments(*self._patches[source], positions=self.positions)
+        return self._own[source]
+
+# %% ../../nbs/segmentation/10_inputs.ipynb #286eb487
+@patch
+def _whole(self: Pixels, scene, what):
+    "The image, its valid pixels or the mask of a scene that is kept."
+    read = dict(image=lambda: scene.read(bands=self.positions), valid=scene.valid, mask=lambda: scene.read_mask(mapping=self.mapping))
+    if (scene, what) not in self._read: self._read[scene, what] = read[what]()
+    return self._read[scene, what]
+
+@patch
+def image(self: Pixels,
+    tile: Tile,
+) -> np.ndarray: # (C, size, size) float32, NaN where there is no data
+    "Read a tile's image."
+    scene, (inner, beyond) = tile.scene, clip_window(tile.window, tile.scene.shape)
+    if scene not in self._kept: values = read_raw(scene, tile.window, self.positions)
+    else:
+        values = self._whole(scene, 'image')[(slice(None), *inner)].astype(np.float32)
+        if not scene.complete: values[:, ~self._whole(scene, 'valid')[inner]] = np.nan
+        values = np.pad(values, [(0, 0), *beyond], constant_values=np.nan)
+    return values if self.reference is None else harmonise(values, self.moments(scene.source), self.reference)
+
+@patch
+def mask(self: Pixels,
+    tile: Tile,
+) -> np.ndarray: # (size, size) uint8, 255 where there is no label
+    "Read a tile's mask."
+    if tile.scene not in self._kept: return tile.read_mask(self.mapping)
+    inner, beyond = clip_window(tile.window, tile.scene.shape)
+    return np.pad(self._whole(tile.scene, 'mask')[inner], beyond, constant_values=IGNORE)
