@@ -103,7 +103,7 @@ def nodata_of(
     return int(value) if value in range(num_classes, 256) else IGNORE, float(value) if exact else np.nan
 
 # %% ../../nbs/segmentation/19_mosaic.ipynb #2117a397
-CACHE = dict(GDAL_CACHEMAX=64) # MB
+CACHE = dict(GDAL_CACHEMAX=64_000_000) # Bytes
 
 @contextmanager
 def _geotiff(path, scene, dtype, nodata):
