@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import papermill
@@ -21,7 +22,7 @@ from geoforecast.learn.launch import Patience, launch
 from geoforecast.segmentation.simulate import simulate_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-LEARNERS = ("supervised", "s4gan", "selftraining")
+LEARNERS = ("supervised", "s4gan", "selftraining", "consistency")
 TINY = dict(encoder="tiny", size=32, batch_size=2, eval_batch_size=4, overlap=0, **{"trainer.accelerator": "cpu"})
 STEPS, EPOCH, EVALUATION = 12, 3, 6
 RUN = TINY | dict(num_steps=STEPS, save_latest_every=EPOCH, eval_every=EVALUATION, save_pred_every=6, learning_rate=1e-2, warmup_iters=2, ema_decay=.9, log_level="warning")
@@ -34,7 +35,7 @@ OF_LEARNERS = dict(threshold_st=.3, st_loss_weight=.7, learning_rate_D=2e-4)
 KNOWN = dict(supervised=0, s4gan=3, selftraining=2, consistency=2)  # how many of these a learner has
 
 server = multiprocessing.get_context("forkserver") if os.name == "posix" else None
-if server: server.set_forkserver_preload(["geoforecast.learn.launch", "geoforecast.segmentation.consistency", "geoforecast.segmentation.selftraining", "geoforecast.segmentation.s4gan", "tensorboard.summary"])
+if server: server.set_forkserver_preload(["geoforecast.learn.launch", "geoforecast.segmentation.consistency", "geoforecast.segmentation.selftraining", "geoforecast.segmentation.s4gan", "tensorboard.summary", "torch._dynamo", "kornia", "transformers.models.resnet.modeling_resnet"])
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def test_every_option_of_the_reference_arrives_under_its_name(learner, data, tmp
 
 
 def kill_at(n):
-    "Die by SIGKILL before the `n`-th step of this process."
+    "Die by SIGKILL before the `n`-th step of this process, or before a file of this name takes its place."
+    if isinstance(n, str): return sys.addaudithook(lambda event, args: event == "os.rename" and str(args[1]).endswith(n) and os.kill(os.getpid(), signal.SIGKILL))
     from geoforecast.learn.forecaster import Forecaster
     method, count = Forecaster.on_train_batch_start, itertools.count(1)
 
@@ -143,25 +145,44 @@ def test_the_run_notebook_has_every_option():
     assert {*OPTIONS, *OF_LEARNERS, "data_root", "class_mapping", "checkpoint_dir", "restore_from", "no_multi_scale"} <= names
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
-@pytest.mark.parametrize("learner", LEARNERS)
-def test_a_killed_run_goes_on_to_the_same_bits(learner, data, tmp_path):
-    whole, killed = tmp_path/"whole", tmp_path/"killed"
-    assert start(learner, whole, data) == 0, log_of(whole)
-    assert start(learner, killed, data, kill=EVALUATION + 2) == -signal.SIGKILL, log_of(killed)
-    assert checkpoint(killed)["global_step"] == EVALUATION
-    assert start(learner, killed, data) == 0, log_of(killed)
-    assert "latest.ckpt" in log_of(killed)
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    "Return a function that gives the folder of a learner's undisturbed run, trained at the first call."
+    runs = tmp_path_factory.mktemp("runs")
+
+    def run_of(learner):
+        if not (runs/learner).exists(): assert start(learner, runs/learner, data) == 0, log_of(runs/learner)
+        return runs/learner
+    return run_of
+
+
+def assert_same_run(whole, killed):
     one, two = checkpoint(whole), checkpoint(killed)
     assert one["global_step"] == STEPS
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"): assert not differing(one[key], two[key]), key
     assert not differing(one["callbacks"]["HealthMonitor"], two["callbacks"]["HealthMonitor"])
     assert not differing(rows(whole), rows(killed)) and [r["step"] for r in rows(whole)] == list(range(EPOCH, STEPS + 1, EPOCH))
-    assert_same_files(whole, killed)
-
-
-def assert_same_files(whole, killed):
     names = [{p.name for p in (f/"checkpoints").iterdir() if not p.name.startswith(".")} for f in (whole, killed)]
     assert names[0] == names[1]
     assert {"latest.ckpt", "checkpoint_6.ckpt", "checkpoint_12.ckpt", "best_model.safetensors", "best_model_ema.safetensors", "final_model_ema.safetensors"} <= names[0]
     for name in (n for n in names[0] if n.endswith(".safetensors")): assert not differing(*(load_file(f/"checkpoints"/name) for f in (whole, killed))), name
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_killed_run_goes_on_to_the_same_bits(learner, data, whole, tmp_path):
+    killed = tmp_path/"killed"
+    assert start(learner, killed, data, kill=EVALUATION + 2) == -signal.SIGKILL, log_of(killed)
+    assert checkpoint(killed)["global_step"] == EVALUATION
+    assert start(learner, killed, data) == 0, log_of(killed)
+    assert "latest.ckpt" in log_of(killed)
+    assert_same_run(whole(learner), killed)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
+def test_a_run_killed_among_its_last_files_makes_up_for_them(data, whole, tmp_path):
+    killed = tmp_path/"killed"
+    for name in ("best_model.safetensors", "final_model_ema.safetensors", "checkpoint_12.ckpt"):
+        assert start("supervised", killed, data, kill=name) == -signal.SIGKILL, log_of(killed)
+    assert start("supervised", killed, data) == 0, log_of(killed)
+    assert_same_run(whole("supervised"), killed)

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..core import atomic_path
+from ..learn.callbacks import LatestCheckpoint
 
 # %% ../../nbs/segmentation/15_health.ipynb #1a3e9b2c
 class HealthLimits:
@@ -220,23 +221,23 @@ class ModelFiles(Checkpoint):
 
 @patch
 def setup(self: ModelFiles, trainer, pl_module, stage):
-    "Find the best checkpoint's keeper and the folder."
+    "Find the best checkpoint's keeper and the folder, and let the latest checkpoint be written last."
     self.keeper = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor), None)
     if self.keeper and not self.folder: self.folder = Path(self.keeper.dirpath)
+    trainer.callbacks = sorted(trainer.callbacks, key=lambda c: isinstance(c, LatestCheckpoint))
 
 @patch
 def on_train_epoch_end(self: ModelFiles, trainer, pl_module):
-    "Keep a checkpoint where one is due, and the best networks where they are new."
-    n = self.save_pred_every
+    "Keep a checkpoint where one is due, the best networks where they are new, and the last one at the end."
+    n, best = self.save_pred_every, self.keeper and self.keeper.best_model_path
     if n and self.folder and self.began//n < trainer.global_step//n: self._keep(trainer)
-    best = Path(self.keeper.best_model_path) if self.keeper and self.keeper.best_model_path else None
-    if not trainer.is_global_zero or best is None or _source(self.folder/'best_model.safetensors') == best.name: return
-    self._write('best_model', split_networks(torch.load(best, map_location='cpu', weights_only=True)['state_dict']), best.name)
+    if not (self.folder and trainer.is_global_zero): return
+    if best and _source(self.folder/'best_model.safetensors') != Path(best).name:
+        self._write('best_model', split_networks(torch.load(best, map_location='cpu', weights_only=True)['state_dict']), Path(best).name)
+    if trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs or 0 < trainer.max_steps <= trainer.global_step: self._finish(trainer, pl_module)
 
 @patch
-def on_train_end(self: ModelFiles, trainer, pl_module):
-    "Write the network of the end: the averaged one where there is one."
-    if not (self.folder and trainer.is_global_zero): return
+def _finish(self: ModelFiles, trainer, pl_module):
     networks = split_networks(pl_module.state_dict())
     if '_ema' in networks: del networks['']
     self._write('final_model', networks, f'step {trainer.global_step}')
