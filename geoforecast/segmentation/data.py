@@ -69,18 +69,21 @@ class SegmentationDataset(Dataset):
 
     def __len__(self): return len(self.tiles)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]: # Image (C, H, W) and mask (H, W)
-        image, size = self.pixels.image(self.tiles[i]), self.tiles[i].size
-        mask = self.pixels.mask(self.tiles[i]) if self.labels else np.full((size, size), IGNORE)
-        return torch.from_numpy(image), torch.from_numpy(mask.astype(np.int64))
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]: # Image (C, size, size) float32 and mask (size, size) int64
+        tile = self.tiles[i]
+        mask = self.pixels.mask(tile) if self.labels else np.full((tile.size, tile.size), IGNORE)
+        return self.pixels.image(tile), mask.astype(np.int64)
 
     def __getitems__(self, keys: list) -> SegmentationBatch: # Positions, or pairs of position and seed
         indices = [self._position(*k) if isinstance(k, tuple) else k for k in keys]
-        images, masks = zip(*map(self.__getitem__, indices))
-        U = self.unlabelled_batch_size if isinstance(keys[0], tuple) else 0
-        rng = np.random.default_rng([seed for _, seed in keys]) if U else None
-        others = [torch.from_numpy(self.pixels.image(self.pool[j])) for j in (rng.choice(len(self.pool), U, replace=U > len(self.pool)) if U else ())]
-        return SegmentationBatch(torch.stack(images), torch.stack(masks), torch.stack(others) if U else images[0].new_zeros(0, *images[0].shape), torch.tensor(indices))
+        images, masks = map(np.stack, zip(*map(self.__getitem__, indices)))
+        others = [self.pixels.image(t) for t in self._others(keys)]
+        return SegmentationBatch(*map(torch.from_numpy, (images, masks, np.stack(others) if others else images[:0], np.array(indices))))
+
+    def _others(self, keys):
+        if not (self.unlabelled_batch_size and isinstance(keys[0], tuple)): return []
+        drawn = np.random.default_rng([seed for _, seed in keys]).choice(len(self.pool), self.unlabelled_batch_size, replace=self.unlabelled_batch_size > len(self.pool))
+        return [self.pool[i] for i in drawn]
 
     def _position(self, i, seed):
         rng = np.random.default_rng(seed)
