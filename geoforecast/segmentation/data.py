@@ -109,8 +109,7 @@ def loader_of(
 # %% ../../nbs/segmentation/11_data.ipynb #ea9e8ae9
 class SegmentationDataModule(L.LightningDataModule):
     "Serve tiles of scenes; raise `ConfigError` for options that do not fit, `DataError` for data that do not."
-    protocol_name = 'default'
-    memory_limit = 2**32 # Bytes; of the scenes beyond it, windows are read from the files
+    protocol_name, memory_limit = 'default', 2**32 # Bytes; of the scenes beyond it, windows are read from the files
 
     def __init__(self,
         data_dir: str, # Folder of images and masks, see `find_scenes`
