@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'WAYS', 'COLUMNS', 'uncertainty', 'k_center', 'read_tiles', 'tile_uncertainty', 'tile_features', 'Ranked',
-           'rank_tiles', 'has_data', 'write_selection', 'listed_tiles', 'has_label', 'select_tiles']
+           'rank_tiles', 'has_data', 'write_selection', 'listed_tiles', 'select_tiles']
 
 # %% ../../nbs/segmentation/21_active.ipynb #91d84c14
 import csv
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from ..core import BundleError, DataError, atomic_path, check_choice
 from ..learn.bundle import load_bundle
-from .classes import IGNORE, ClassMapping
-from .data import named_scenes, names_of, read_selection
-from .inputs import ImageInputs, moments, read_raw
+from .classes import ClassMapping
+from .inputs import ImageInputs, Moments, Pixels
 from .mosaic import choose_bands
-from .splits import without_leaks
+from .splits import class_counts, named_scenes, names_of, read_selection, without_leaks
 from .tiles import Scene, Tile, find_scenes, tiles_of
 
 # %% ../../nbs/segmentation/21_active.ipynb #206a192c
@@ -65,18 +64,11 @@ def read_tiles(
     batch_size: int = 8, # Tiles at once
 ) -> Iterator[Tensor]: # (B, C, size, size) raw, NaN where there is no data
     "Read tiles batch by batch as a model takes them; raises `DataError` where bands do not fit."
-    scenes = list(dict.fromkeys(t.scene for t in tiles))
-    positions = {s: choose_bands(s, inputs.statistics(), bands) for s in scenes}
-    own = _moments_of(scenes, positions) if inputs.harmonise else {}
+    positions, light = {s: choose_bands(s, inputs.statistics(), bands) for s in dict.fromkeys(t.scene for t in tiles)}, inputs.statistics()['moments']
+    pixels = {p: Pixels([s for s in positions if positions[s] == p], None, p) for p in set(positions.values())}
+    for part in pixels.values(): part.reference = light and Moments(**light)
     for i in range(0, len(tiles), batch_size):
-        read = ((t.scene, read_raw(t.scene, t.window, positions[t.scene])) for t in tiles[i:i + batch_size])
-        yield torch.from_numpy(np.stack([inputs.harmonised(raw, own.get(s.source)) for s, raw in read]))
-
-def _moments_of(scenes: list[Scene], positions: dict):
-    "Moments by source; patches of one image are taken together."
-    groups = {}
-    for s in scenes: groups.setdefault(s.source, []).append(s)
-    return {source: moments(*parts, positions=positions[parts[0]]) for source, parts in groups.items()}
+        yield torch.from_numpy(np.stack([pixels[positions[t.scene]].image(t) for t in tiles[i:i + batch_size]]))
 
 # %% ../../nbs/segmentation/21_active.ipynb #37187d64
 @torch.inference_mode()
@@ -171,13 +163,6 @@ def listed_tiles(
     return [Tile(named_scenes(scenes, [name], data_dir)[0], row, column, size) for name, row, column, size in read_selection(path)]
 
 # %% ../../nbs/segmentation/21_active.ipynb #460cc687
-def has_label(
-    tile: Tile,
-    mapping: ClassMapping | None = None, # Of the masks; plain numbers where None
-) -> bool:
-    "Whether any pixel of a tile has a label."
-    return tile.scene.labelled and bool((tile.read_mask(mapping) != IGNORE).any())
-
 def select_tiles(
     bundle: str | Path, # A trained model, or the run that wrote it
     data_dir: str | Path, # Images with and without masks
@@ -195,7 +180,7 @@ def select_tiles(
     if (task := model.metadata.get('task')) != 'segmentation': raise BundleError(f"{model.folder} is a model of the task '{task}', not of segmentation")
     size, mapping = size or model.metadata['size'], ClassMapping.from_dict(model.metadata['classes'])
     tiles = [t for s in _fitting(scenes, model.forecaster.inputs, bands) for t in tiles_of(s, size)]
-    labelled = listed_tiles(labels, scenes, data_dir) if labels else [t for t in tiles if has_label(t, mapping)]
+    labelled = listed_tiles(labels, scenes, data_dir) if labels else [t for t in tiles if any(class_counts(t, mapping))]
     ranked = rank_tiles(model.forecaster, without_leaks(tiles, labelled), n, by, labelled, bands, batch_size, seed)
     if not ranked: raise DataError(f'{data_dir} holds no tile without a label that shows anything new; add images without a mask')
     write_selection(out, ranked, data_dir, labels)
