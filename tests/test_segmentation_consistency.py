@@ -23,7 +23,7 @@ def scenes(tmp_path_factory):
 def build(scenes, **options):
     torch.manual_seed(0)
     data = SegmentationDataModule(str(scenes), size=32, batch_size=2, eval_every=2, save_latest_every=2)
-    learner = Consistency(TINY, **dict(num_classes=3, ema_decay=.9, st_start=2, learning_rate=1e-3, warmup_steps=0,
+    learner = Consistency(TINY, **dict(num_classes=3, ema_decay=.9, st_start=2, st_ramp=3, learning_rate=1e-3, warmup_steps=0,
                                        limits=HealthLimits(gap_warning=None, gap_alarm=None, gap_severe=None)) | options)
     return learner, data
 
@@ -48,7 +48,7 @@ def test_unlabelled_half_begins_at_its_step(scenes, monkeypatch):
     learner, data = build(scenes, st_start=3)
     fit(learner, data, 3)
     assert asked == [3, 4, 5]
-    assert not torch.equal(learner.experience.share, torch.full((3,), 1/3))
+    assert not torch.equal(learner.experience.quantiles, torch.full((3,), 1/3))
 
 
 def test_resumed_run_equals_uninterrupted(scenes, tmp_path):
@@ -83,7 +83,7 @@ def test_no_data_at_all_is_no_loss():
     b.unlabelled[:] = torch.nan
     total, terms = learner.losses(b)
     assert terms['ST'] == 0 and torch.isfinite(total)
-    assert torch.equal(learner.experience.confidence, torch.tensor(1/3))
+    assert torch.equal(learner.experience.quantiles, torch.full((3,), 1/3))
 
 
 @pytest.mark.parametrize('network', [partial(TINY, n_heads=3), partial(TINY, deep_supervision=True), partial(TINY, n_heads=2, deep_supervision=True)])
