@@ -20,6 +20,7 @@ import shapely
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rasterio.enums import Resampling
 from rasterio.errors import NotGeoreferencedWarning
 from rasterio.features import shapes
 from rasterio.windows import Window
@@ -221,11 +222,11 @@ def class_areas(
     return [dict(name=name, pixels=int(n), share=float(n/max(counts.sum(), 1)), hectares=float(n*pixel) if pixel else None) for name, n in zip(mapping.names, counts)]
 
 # %% ../../nbs/segmentation/19_mosaic.ipynb #b8de7d2e
-def _thin(path, bands, side):
+def _thin(path, bands, side, resampling=Resampling.average):
     "Read a raster with at most so many pixels a side, NaN where there is no data."
     with rasterio.Env(**CACHE), open_raster(path) as f:
         shape = [max(round(n*min(side/max(f.shape), 1)), 1) for n in f.shape]
-        return np.where(f.dataset_mask(out_shape=shape) > 0, f.read(bands, out_shape=(len(bands), *shape)).astype(np.float32), np.nan)
+        return np.where(f.dataset_mask(out_shape=shape) > 0, f.read(bands, out_shape=(len(bands), *shape), resampling=resampling).astype(np.float32), np.nan)
 
 def _picture(values):
     "Stretch one band or three to 0..1, missing pixels white."
@@ -246,7 +247,7 @@ def scene_map(
     else: fig, axes = plt.subplots(1, 3, figsize=(15, 5*min(scene.height/scene.width, 1.6) + .6), layout='constrained')
     (left, bottom, right, top) = scene.grid.bounds if upright else (0, scene.height, scene.width, 0)
     place = dict(extent=(left, right, bottom, top), interpolation='nearest') | (dict(transform=projection_of(scene.grid)) if upright else {})
-    ids, sure = (_thin(Path(folder)/f'{name}.tif', [1], side)[0] for name in ('classes', 'confidence'))
+    ids, sure = (_thin(Path(folder)/f'{name}.tif', [1], side, how)[0] for name, how in (('classes', Resampling.mode), ('confidence', Resampling.average)))
     ids = np.nan_to_num(ids, nan=IGNORE).astype(np.uint8)
     named = [scene.bands.index(b) + 1 for b in ('red', 'green', 'blue') if b in scene.bands]
     axes[0].imshow(_picture(_thin(scene.image, list(bands or (named if len(named) == 3 else range(1, len(scene.bands) + 1))), side)), **place)
