@@ -70,7 +70,7 @@ def read_tiles(
     for i in range(0, len(tiles), batch_size):
         yield torch.from_numpy(np.stack([pixels[positions[t.scene]].image(t) for t in tiles[i:i + batch_size]]))
 
-# %% ../../nbs/segmentation/21_active.ipynb #37187d64
+# %% ../../nbs/segmentation/21_active.ipynb #0bcda956
 @torch.inference_mode()
 def tile_uncertainty(
     forecaster: nn.Module, # Raw (B, C, H, W) to log probabilities (B, K, H, W), with `inputs`; in evaluation mode
@@ -87,6 +87,7 @@ def tile_uncertainty(
         found.append(torch.where(raw.isfinite().all(1), unsure, torch.nan).nanmean((1, 2)))
     return torch.cat(found).numpy()
 
+# %% ../../nbs/segmentation/21_active.ipynb #72db1a0e
 @torch.inference_mode()
 def tile_features(
     forecaster: nn.Module, # A learner, or an ensemble of them
