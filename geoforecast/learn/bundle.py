@@ -26,7 +26,7 @@ from torch import nn
 from ..core import BundleError, atomic_path, write_json
 from .ensemble import Ensemble, label
 from .forecaster import Forecaster
-from .metrics import score_key, score_table
+from .metrics import PARTS, score_key, score_table
 
 # %% ../../nbs/learn/09_bundle.ipynb #2de52e5f
 def check_classes(
@@ -103,7 +103,8 @@ def _facts(folder, forecaster):
 def _digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 # %% ../../nbs/learn/09_bundle.ipynb #cf2ce8b7
-CARD_COLUMNS = ('model', 'split', 'ap', 'ap_lo', 'ap_hi', 'f1', 'f1_best', 'ece', 'ap_growth', 'rmse', 'rmse_lo', 'rmse_hi', 'mae', 'bias', 'csi_1', 'csi_5', 'n')
+CARD_COLUMNS = ('model', 'split', 'ap', 'ap_lo', 'ap_hi', 'f1', 'f1_best', 'ece', 'ap_growth', 'rmse', 'rmse_lo', 'rmse_hi', 'mae', 'bias', 'csi_1', 'csi_5',
+                'miou', 'miou_lo', 'miou_hi', 'miou_foreground', 'boundary_miou', 'accuracy', 'gap', 'n')
 
 def model_card(
     metadata: dict, # As in metadata.json
@@ -111,14 +112,18 @@ def model_card(
 ) -> str: # Markdown
     "Describe a trained model: what it does, on which data, how well, and where to be careful."
     facts = {k: v for k, v in metadata.items() if not isinstance(v, (dict, list)) and k != 'limits'}
-    rows = [{k: r[k] for k in CARD_COLUMNS if k in r} for r in scores if not {'fire', 'year', 'day'} & set(r)]
-    data = [f"- {part}: {d['windows']} forecasts for {d['first']} to {d['last']}{_named(d.get('fires', []))}" for part, d in metadata.get('data', {}).items()]
+    rows = [{k: r[k] for k in CARD_COLUMNS if k in r} for r in scores if not set(PARTS) & set(r)]
+    data = [f'- {part}: {_described(d)}' for part, d in metadata.get('data', {}).items()]
     lines = [f"# {metadata.get('network', 'Model')} ({metadata.get('task', 'unknown task')})", '', *(f'- {k}: {v}' for k, v in facts.items()), '', '## Data', '', *data, '', '## Scores', '',
              '```', str(score_table(rows)), '```', '', *(f'- {k}: {score_key(k)[0]}' for k in dict.fromkeys(k for r in rows for k in r) if score_key(k)), '',
              '## Limits', '', metadata.get('limits', 'Scores hold for data like those they were measured on.'), '']
     return '\n'.join(lines)
 
-def _named(fires): return f", fires {', '.join(fires[:8])}{' ...' if len(fires) > 8 else ''}" if fires else ''
+def _described(part):
+    if 'tiles' in part: return f"{part['tiles']} tiles{_named('scenes', part['scenes'])}"
+    return f"{part['windows']} forecasts for {part['first']} to {part['last']}{_named('fires', part.get('fires', []))}"
+
+def _named(what, names): return f", {what} {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}" if names else ''
 
 # %% ../../nbs/learn/09_bundle.ipynb #eeff7a4b
 def _present(folder, name):
@@ -163,7 +168,7 @@ class Bundle:
 
     def _repr_html_(self):
         facts = {k: v for k, v in self.metadata.items() if not isinstance(v, (dict, list))}
-        rows = [r for r in self.scores if not {'fire', 'year', 'day'} & set(r)]
+        rows = [r for r in self.scores if not set(PARTS) & set(r)]
         table = '<table>' + ''.join(f"<tr><th style='text-align:left'>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items()) + '</table>'
         return table + (score_table(rows)._repr_html_() if rows else '')
 

@@ -76,8 +76,8 @@ class Consistency(Learner):
         threshold_st: float | None = None, # Confidence that makes a pseudo-label, .95 in the papers; None: that of the surest pixels, class by class
         confident_share: float = .6, # Of the pixels of a class, the surest, that become pseudo-labels where there is no `threshold_st`
         st_loss_weight: float = 1., # Weight of the pseudo-labels' loss beside the labels'
-        st_start: int = 1000, # Steps with labels alone; a quarter of the run or so
-        st_ramp: int = 500, # Steps over which the weight of pseudo-labels rises from 0
+        st_start: float = 1000, # Steps with labels alone; below 1 a share of the run, half of it where it is short
+        st_ramp: float = 500, # Steps over which the weight of pseudo-labels rises from 0; below 1 a share of the run
         strong_views: int = 2, # Of each unlabelled image, 1 or 2; one is half the work
         feature_dropout: bool = True, # Take half of the channels from each strong view
         cutmix: float = .5, # Probability that a strong view gets a rectangle of the next image
@@ -92,9 +92,9 @@ class Consistency(Learner):
         self.experience = Experience(num_classes, confident_share)
 
 @patch(as_prop=True)
-def silent_from(self: Consistency) -> int:
+def silent_from(self: Consistency) -> float:
     "Step from which pseudo-labels are expected."
-    return self.st_start
+    return self.steps(self.st_start)
 
 @patch
 def thresholds(self: Consistency) -> Tensor: # (K,)
@@ -135,12 +135,12 @@ def losses(self: Consistency,
 ) -> tuple[Tensor, dict]: # What is minimised, and the terms that are logged
     "Add the loss on the lessons to that on the labelled images."
     images, masks = self.labelled_views(batch)
-    if self.step < self.st_start: return self.supervised(images, masks)
+    if self.step < (start := self.steps(self.st_start)): return self.supervised(images, masks)
     strong, ids, trust = zip(*self.lessons(batch))
     B, n, ids, trust, outputs = len(images), len(self.network.heads), torch.cat(ids), torch.cat(trust), self.look(images, strong)
     labelled = [o[:B] for o in outputs]
     total, taught = self._mean_loss(labelled[:n], masks), self._mean_loss([o[B:] for o in outputs[:n]], ids, trust)
     for deep in labelled[n:]: total = total + self.deep_supervision_weight*self.loss(deep, masks)
     terms = self.loss.parts(labelled[0].detach(), masks) | describe_labels(ids, trust, self.num_classes)
-    weight = self.st_loss_weight*min((self.step - self.st_start + 1)/max(self.st_ramp, 1), 1)
+    weight = self.st_loss_weight*min((self.step - start + 1)/max(self.steps(self.st_ramp), 1), 1)
     return total + weight*taught, terms | dict(ST=taught.detach(), thresh=self.thresholds().mean())

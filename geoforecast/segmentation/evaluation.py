@@ -305,7 +305,7 @@ def describe(
     data = run.datamodule
     parts = {part: dict(tiles=len(tiles), scenes=list(dict.fromkeys(t.scene.name for t in tiles))[:50]) for part, tiles in data.tiles.items()}
     return dict(task='segmentation', run=run.folder.name, protocol=data.protocol_name, size=data.size, bands=data.channels, classes=data.mapping.to_dict(),
-                train_classes=list(data.train_classes), parts=parts, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
+                train_classes=list(data.train_classes), data=parts, checkpoint=run.best_path.name if run.best_path else None, limits=LIMITS)
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #8f6444ae
 def report(

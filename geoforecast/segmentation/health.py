@@ -169,12 +169,11 @@ WATCHED = ('train/D', 'train/ST_pixels', 'train/CE', 'val/miou', 'train/miou', '
 class HealthWarning(UserWarning): "Tell a finding of the health monitor."
 
 class HealthMonitor(L.Callback):
-    "Read a training's numbers after each epoch, warn of each finding once, and stop at the gate."
+    "Read a training's numbers after each epoch, warn of each finding once, and stop at the gate; a learner's `silent_from` says when pseudo-labels begin."
     def __init__(self,
         limits: HealthLimits | None = None, # The usual ones by default
-        silent_from: int = 0, # Step from which pseudo-labels are expected; each learner knows its own
     ):
-        self.limits, self.silent_from, self.rows, self.told = limits or HealthLimits(), silent_from, [], []
+        self.limits, self.rows, self.told = limits or HealthLimits(), [], []
 
     def state_dict(self): return dict(rows=self.rows, told=self.told)
     def load_state_dict(self, state): self.rows, self.told = list(state['rows']), list(state['told'])
@@ -194,7 +193,7 @@ def on_train_epoch_end(self: HealthMonitor, trainer, pl_module):
     "Take up the epoch's row and tell what is new."
     new = {k: v.item() for k, v in trainer.callback_metrics.items() if k in WATCHED and v is not self.before.get(k)}
     self.rows.append(dict(step=trainer.global_step) | new)
-    for f in examine(self.rows, self.limits, self.silent_from):
+    for f in examine(self.rows, self.limits, getattr(pl_module, 'silent_from', 0)):
         if f.name in self.told: continue
         self.told.append(f.name)
         if trainer.is_global_zero: warnings.warn(str(f), HealthWarning, stacklevel=2)

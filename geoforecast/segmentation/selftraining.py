@@ -52,7 +52,7 @@ class SelfTraining(Learner):
         network: Callable[[int, int], nn.Module], # Recipe: `network(input_dim, num_classes)`, best with several heads
         loss: SegmentationLoss | None = None, # Of labels and pseudo-labels; .4 CE + .4 Dice + .2 focal by default
         st_loss_weight: float = 1., # Weight of the pseudo-labels' loss beside the labels'
-        st_start: int = 1000, # Steps with labels alone
+        st_start: float = 1000, # Steps with labels alone; below 1 a share of the run
         threshold_st: float = .6, # Confidence that makes a pseudo-label, for classes whose table names none
         threshold_lower: float = 0., # Taken off all thresholds; the reference's lowered set takes .10
         thresholds: dict[str, float] | None = None, # By class name, in place of the table's
@@ -65,9 +65,9 @@ class SelfTraining(Learner):
         self.threshold_st, self.threshold_lower, self.thresholds = threshold_st, threshold_lower, thresholds or {}
 
 @patch(as_prop=True)
-def silent_from(self: SelfTraining) -> int:
+def silent_from(self: SelfTraining) -> float:
     "Step from which pseudo-labels are expected."
-    return self.st_start
+    return self.steps(self.st_start)
 
 @patch
 def confidence(self: SelfTraining) -> tuple: # K thresholds
@@ -102,7 +102,7 @@ def losses(self: SelfTraining,
     "Add the loss on the lesson to that on the labelled images."
     total, terms = self.supervised(*self.labelled_views(batch))
     thresh = sum(self.confidence())/self.num_classes
-    if self.step < self.st_start:
+    if self.step < self.steps(self.st_start):
         nothing = torch.empty(0, 1, 1, dtype=torch.long, device=total.device)
         return total, terms | dict(ST=0., thresh=thresh) | describe_labels(nothing, nothing, self.num_classes)
     images, ids, trust = self.lesson(batch)

@@ -61,7 +61,7 @@ class Learner(Forecaster):
         self.num_classes, self.optimizer, self.head_factor, self.gradient_clip = num_classes, optimizer, head_factor, gradient_clip
         self.restart_steps, self.save_pred_every, self.limits, self.strong_labelled = restart_steps, save_pred_every, limits, strong_labelled
         self.weak = Weak(crop_size, *((1., 1.) if no_multi_scale else (scale_min, scale_max)))
-        self.strong, self.mapping = Strong(), None
+        self.strong, self.mapping = Strong(blur=.2, blur_sigma=(.1, 1.)), None # a road is a few pixels wide
 
 # %% ../../nbs/segmentation/14_supervised.ipynb #bf762196
 @patch
@@ -86,6 +86,13 @@ def total_steps(self: Learner) -> int:
     "Steps of the whole run."
     return int(min(self.trainer.estimated_stepping_batches, 2**31))
 
+@patch
+def steps(self: Learner,
+    length: float, # Steps; below 1 a share of the run
+) -> float: # Steps
+    "Turn a share of the run into steps."
+    return length*self.total_steps if 0 < length < 1 else length
+
 @patch(as_prop=True)
 def logged_names(self: Learner) -> list[str]:
     "What can choose the best checkpoint."
@@ -107,14 +114,14 @@ def setup(self: Learner, stage: str):
     for scores in (self.train_metrics, self.val_metrics, self.test_metrics): scores.background, scores.classes = data.mapping.background, data.train_classes
 
 @patch(as_prop=True)
-def silent_from(self: Learner) -> int:
+def silent_from(self: Learner) -> float:
     "Step from which pseudo-labels are expected."
     return 0
 
 @patch
 def configure_callbacks(self: Learner) -> list:
     "Return what watches a training and what keeps its files."
-    return [HealthMonitor(self.limits, silent_from=self.silent_from), ModelFiles(save_pred_every=self.save_pred_every)]
+    return [HealthMonitor(self.limits), ModelFiles(save_pred_every=self.save_pred_every)]
 
 # %% ../../nbs/segmentation/14_supervised.ipynb #3c292db5
 @patch
