@@ -257,15 +257,15 @@ def _picture(inputs, raw):
 @torch.inference_mode()
 def draw_tile(
     forecaster: Learner | Ensemble, # Trained, in evaluation mode
-    raw: Tensor, # (C, H, W), as the loaders hand it out
-    target: Tensor, # (H, W) ids, 255 where nothing is known
+    raw: np.ndarray, # (C, H, W) float32, as the data's tiles are
+    target: np.ndarray, # (H, W) ids, 255 where nothing is known
     mapping: ClassMapping, # The classes
 ) -> plt.Figure:
     "Draw image, truth, map and confidence side by side."
-    raw = raw.to(forecaster.device)
+    raw = torch.from_numpy(raw).to(forecaster.device)
     confidence, said = forecaster(raw[None])[0].exp().max(0)
     fig, axes = plt.subplots(1, 4, figsize=(13.5, 3.3), layout='constrained')
-    target, said = target.cpu().numpy(), said.cpu().numpy()
+    said = said.cpu().numpy()
     for ax, picture, title in zip(axes, (_picture(forecaster.inputs, raw), mapping.to_colours(target), mapping.to_colours(said)), ('image', 'truth', 'map')): ax.imshow(picture); ax.set_title(title)
     mapping.legend(axes[2], np.stack([target, said]))
     add_colorbar(axes[3].imshow(confidence.cpu().numpy(), vmin=0, vmax=1, cmap='viridis'), axes[3], 'probability of the class')
