@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TRAINING', 'tasks', 'evaluation_of', 'print_scores', 'add_training', 'read_options', 'check_options', 'refuse_slip',
            'describe_options', 'format_options', 'find_run', 'best_checkpoint', 'fit', 'use_checkpoint', 'train',
-           'add_model_use', 'score', 'forecast', 'compare', 'add_information', 'describe_model', 'print_models',
-           'build_parser', 'main']
+           'add_model_use', 'band_numbers', 'score', 'forecast', 'compare', 'add_information', 'describe_model',
+           'print_models', 'build_parser', 'main']
 
 # %% ../nbs/cli.ipynb #feb6ba69
 import argparse
@@ -225,17 +225,20 @@ def add_model_use(
                          'score outputs/fire/demo/bundle data/my_fire.hdf5 --out scores.json')
     parser.add_argument('bundle', metavar='BUNDLE', help="a trained model: the folder `bundle` of a run, or the run's folder")
     parser.add_argument('data', metavar='DATA', nargs='+', help='files, or folders of them')
+    parser.add_argument('--bands', type=band_numbers, metavar='N,N,N', help="of images: numbers of the bands from 1, in the model's order, such as 3,2,1")
     parser.add_argument('--out', metavar='FILE', help='write the rows of scores to this JSON file as well')
     parser = add_command(commands, 'forecast', forecast,
                          'Forecast with a trained model: fields with coordinates, times and units, one subfolder a fire or series.', """forecast outputs/fire/demo/bundle data/my_fire.hdf5 --out outputs/my_fire
                          forecast outputs/precipitation/demo/bundle era5_2024.nc era5_2025.nc --out outputs/rain --visualize
-                         forecast outputs/fire/demo/bundle data/2020 --out outputs/season --visualize --date 2020-09-25""")
+                         forecast outputs/fire/demo/bundle data/2020 --out outputs/season --visualize --date 2020-09-25
+                         forecast outputs/segmentation/demo/bundle mosaic.tif --out outputs/map --bands 3,2,1""")
     parser.add_argument('bundle', metavar='BUNDLE', help="a trained model: the folder `bundle` of a run, or the run's folder")
     parser.add_argument('data', metavar='DATA', nargs='+', help='files, or folders of them')
     parser.add_argument('--out', metavar='FOLDER', required=True, help='where the subfolders go')
     parser.add_argument('--visualize', action='store_true', help='draw a map of every day')
     parser.add_argument('--batch-size', type=positive, default=8, metavar='N', help='fields at once; less needs less memory (default: 8)')
     parser.add_argument('--date', type=date, metavar='YYYY-MM-DD', help='only the forecast for this day')
+    parser.add_argument('--bands', type=band_numbers, metavar='N,N,N', help="of images: numbers of the bands from 1, in the model's order, such as 3,2,1")
     parser = add_command(commands, 'compare', compare, 'Compare two forecasts of the same time with the truth: all scores with paired intervals, and a map of where the first is better.',
                          'compare outputs/precipitation/upstream/predictions.nc outputs/precipitation/plain/predictions.nc --truth era5.nc --out outputs/upstream_or_not')
     for which in ('first', 'second'): parser.add_argument(which, metavar=f'PRED{1 + (which == "second")}', help='a predictions.nc')
@@ -248,19 +251,34 @@ def _open(bundle):
     found = load_bundle(bundle)
     return found, evaluation_of(found.metadata.get('task', ''))
 
-def score(options: argparse.Namespace): # bundle, data, out
+def band_numbers(
+    text: str, # Such as `3,2,1`
+) -> list[int]: # From 1
+    "Read the numbers of bands; raise `argparse.ArgumentTypeError` for anything else."
+    try: numbers = [int(n) for n in text.split(',')]
+    except ValueError: numbers = []
+    if not numbers or min(numbers) < 1: raise argparse.ArgumentTypeError(f"'{text}' are no numbers of bands; write them from 1 and with commas, such as 3,2,1")
+    return numbers
+
+def _bands(options, function):
+    "The option as the task's function takes it; nothing where it was not given."
+    if options.bands and 'bands' not in inspect.signature(function).parameters: raise ConfigError('--bands goes with a model of images; leave it out')
+    return dict(bands=options.bands) if options.bands else {}
+
+def score(options: argparse.Namespace): # bundle, data, bands, out
     "Score a bundle on data."
     bundle, evaluation = _open(options.bundle)
-    rows = evaluation.score_bundle(bundle, options.data)
+    rows = evaluation.score_bundle(bundle, options.data, **_bands(options, evaluation.score_bundle))
     print_scores(bundle.metadata['task'], rows)
     if options.out:
         write_json(options.out, rows)
         print(shown(options.out))
 
-def forecast(options: argparse.Namespace): # bundle, data, out, visualize, batch_size, date
+def forecast(options: argparse.Namespace): # bundle, data, out, visualize, batch_size, date, bands
     "Forecast data with a bundle."
     bundle, evaluation = _open(options.bundle)
-    files = evaluation.forecast_bundle(bundle, options.data, options.out, visualize=options.visualize, batch_size=options.batch_size, date=options.date)
+    files = evaluation.forecast_bundle(bundle, options.data, options.out, visualize=options.visualize, batch_size=options.batch_size, date=options.date,
+                                       **_bands(options, evaluation.forecast_bundle))
     for folder in dict.fromkeys(Path(f).parent for f in files): print_results(folder)
 
 def compare(options: argparse.Namespace): # first, second, truth, out, names
@@ -289,7 +307,7 @@ def describe_model(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Forecaster, 'model')
     with torch.device('meta'): forecaster = parser.instantiate_classes(parser.parse_object({'model': config['model']})).model
-    crop = config['data']['init_args'].get('crop_size')
+    crop = config['data']['init_args'].get('crop_size') or config['model']['init_args'].get('crop_size') or config['data']['init_args'].get('size')
     return {'configuration': name, 'network': type(forecaster.network).__name__, 'parameters': f'{sum(p.numel() for p in forecaster.network.parameters()):,}',
             'input (days, channels, rows, columns)': f'{forecaster.window_size}, {forecaster.inputs.output_dim}, {crop or "any"}, {crop or "any"}',
             'hidden_dims': str(config['model']['init_args']['network'].get('init_args', {}).get('hidden_dims', '-'))}
@@ -306,7 +324,7 @@ def print_models(options: argparse.Namespace):
 def build_parser() -> Parser:
     "Declare all commands."
     from geoforecast import __version__
-    parser = Parser('geoforecast', description='Forecast wildfire spread and regional rain: train networks, score them beside baselines, forecast with maps and georeferenced files.',
+    parser = Parser('geoforecast', description='Forecast wildfire spread, regional rain and land cover: train networks, score them beside baselines, forecast with maps and georeferenced files.',
                     epilog='Every command explains itself: geoforecast COMMAND --help')
     parser.add_argument('--version', action='version', version=f'geoforecast {__version__}')
     commands = parser.add_subparsers(metavar='command', dest='command')

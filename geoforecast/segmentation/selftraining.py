@@ -110,6 +110,6 @@ def losses(self: SelfTraining,
     return total + self.st_loss_weight*taught, terms | dict(ST=taught.detach(), thresh=thresh) | describe_labels(ids, trust, self.num_classes)
 
 # %% ../../nbs/segmentation/17_selftraining.ipynb #1e4ab825
-phase1 = dict(num_steps=75_000, early_stop_patience=40, st_loss_weight=1.5, scale_min=256, scale_max=320, learning_rate=3e-4, warmup_iters=1500)
+phase1 = dict(num_steps=75_000, early_stop_patience=40, st_loss_weight=1.5, scale_min=1., scale_max=1.25, learning_rate=3e-4, warmup_iters=1500)
 PRESETS = dict(phase1=phase1, phase2=phase1 | dict(threshold_lower=.10),
                phase3=dict(num_steps=100_000, early_stop_patience=60, st_loss_weight=2., no_multi_scale=True, learning_rate=4e-4, warmup_iters=2000)) # of the reference's third version
