@@ -80,7 +80,8 @@ def run(command: str, project: Path) -> str:
 
 
 def test_the_commands_are_the_ones_tested_here():
-    assert [re.match(r"\S+ \S+", b)[0] for b in BLOCKS] == ["make demo", "make test", "source .venv/bin/activate", "geoforecast run", "geoforecast run", "geoforecast run", "make lab"]
+    assert [re.match(r"\S+ \S+", b)[0] for b in BLOCKS] == ["make demo", "make test", "source .venv/bin/activate", "geoforecast run", "geoforecast run", "geoforecast run",
+                                                            "geoforecast run", "geoforecast data", "make lab"]
 
 
 def test_make_demo(project):
@@ -120,6 +121,19 @@ def test_your_own_atmosphere_has_every_option_of_the_readme(project):
     run(f"source .venv/bin/activate\ngeoforecast run precipitation --name mine -p preset=quick -p data={simulated} -p include_upstream=true {box} -p others='[precipitation/dual_stream]'", project)
     run(f"source .venv/bin/activate\ngeoforecast forecast outputs/precipitation/mine/bundle {simulated} --out outputs/rain", project)
     assert list((project/"outputs"/"rain").rglob("predictions.nc"))
+
+
+def test_land_cover(project):
+    printed = run(f"source .venv/bin/activate\n{BLOCKS[6]}", project)
+    assert "mIoU" in printed and (project/"outputs"/"segmentation"/"land"/"bundle").is_dir()
+
+
+def test_your_own_images_have_every_option_of_the_readme(project):
+    simulated = next((project/"data"/"sample").glob("landscapes_*"))
+    held = sorted(p.stem for p in (simulated/"images").iterdir())[0]
+    assert re.findall(r"-p (\w+)=", BLOCKS[7]) == ["data", "test", "others", "seeds"]
+    block = re.sub(r"data/my_images", str(simulated), BLOCKS[7]).replace("[scene_7]", f"[{held}]").replace("-p seeds=3", "-p seeds=1 -p preset=quick").replace("mosaic.tif", str(simulated/"images"/f"{held}.png"))
+    assert "points of mIoU" in run(f"source .venv/bin/activate\n{block}", project) and list((project/"outputs"/"map").rglob("classes.tif"))
 
 
 def free_port() -> int:
