@@ -101,13 +101,17 @@ def study_rows(
     rows = []
     for n in names:
         each = miou_of(states[n].sum(0), classes)
-        row = dict(model=n, split='test', **_bounded('miou', bootstrap(states[n], mean_of_seeds)), between_seeds=float(each.std(ddof=1)) if len(each) > 1 else np.nan)
-        if n != names[0]: row |= _bounded(f'miou_gain_{names[0]}', bootstrap_difference(states[n], states[names[0]], mean_of_seeds))
+        row = dict(model=n, split='test', **_estimate('miou', mean_of_seeds, states[n]), between_seeds=float(each.std(ddof=1)) if len(each) > 1 else np.nan)
+        if n != names[0]: row |= _estimate(f'miou_gain_{names[0]}', mean_of_seeds, states[n], states[names[0]])
         row |= dict(val_miou=float(np.mean([t.val for t in own[n]])), last_val_miou=float(np.mean([t.last for t in own[n]])), learning_rate=own[n][0].learning_rate, seeds=len(own[n]))
         rows.append(row | dict(n=len(states[n])))
     return rows
 
-def _bounded(key, found): return {f'{key}{end}': float(v) for end, v in zip(('', '_lo', '_hi'), found)}
+def _estimate(key, statistic, states, *others):
+    "A statistic, or its difference from others', with its interval where there are two units or more."
+    if len(states) > 1: found = (bootstrap_difference if others else bootstrap)(states, *others, statistic)
+    else: found = [statistic(states) - sum(map(statistic, others))]
+    return {f'{key}{end}': float(np.squeeze(v)) for end, v in zip(('', '_lo', '_hi'), found)}
 
 # %% ../../nbs/segmentation/25_study.ipynb #c2983bea
 def study_verdict(
@@ -116,10 +120,12 @@ def study_verdict(
     "Say in words which learners gain from unlabelled images."
     first, lines = rows[0]['model'], []
     for r in rows[1:]:
-        gain, lo, hi = (r[f'miou_gain_{first}{end}'] for end in ('', '_lo', '_hi'))
+        gain, lo, hi = (r.get(f'miou_gain_{first}{end}', np.nan) for end in ('', '_lo', '_hi'))
         word = 'gains on' if lo > 0 else 'loses to' if hi < 0 else 'cannot be told from'
-        lines.append(f"{r['model']} {word} {first}: {100*gain:+.1f} points of mIoU (95% interval {100*lo:+.1f} to {100*hi:+.1f}, between seeds ±{100*r['between_seeds']:.1f})")
+        lines.append(f"{r['model']} {word} {first}: {100*gain:+.1f} points of mIoU ({_range(lo, hi)}, between seeds ±{100*r['between_seeds']:.1f})")
     return '\n'.join(lines)
+
+def _range(lo, hi): return f'95% interval {100*lo:+.1f} to {100*hi:+.1f}' if np.isfinite(lo) else 'one unit of test tiles, so no interval'
 
 def study_table(
     rows: list[dict], # As `study_rows` gives them
