@@ -4,7 +4,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := dev,encoders,augmentation
+EXTRAS := dev,encoders,augmentation,voila,cluster,docs
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
