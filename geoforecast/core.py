@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATTER', 'GeoforecastError', 'DataError', 'ConfigError', 'BundleError', 'nearest', 'check_choice', 'require',
-           'project_root', 'seed_everything', 'quiet_libraries', 'atomic_path', 'write_json']
+           'project_root', 'seed_everything', 'quiet_libraries', 'atomic_path', 'exclusive', 'made_once', 'write_json']
 
 # %% ../nbs/core.ipynb #47d1f208
 import difflib
@@ -18,6 +18,8 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterable, Iterator
+
+from filelock import FileLock, Timeout
 
 # %% ../nbs/core.ipynb #7ae68888
 class GeoforecastError(Exception):
@@ -107,6 +109,32 @@ def _replace(new, path):
         with open(new, 'rb+') as f: os.fsync(f.fileno())
     elif path.is_dir(): shutil.rmtree(path)
     os.replace(new, path)
+
+# %% ../nbs/core.ipynb #3d2fd040
+@contextmanager
+def exclusive(
+    lock: str | Path, # File that stands for what is held
+    what: str = '', # Name of what is held, for the message; the lock's folder by default
+    wait: float = 0., # Seconds to wait for another process; -1 for as long as it takes
+) -> Iterator[None]:
+    "Hold a lock; raise `ConfigError` where another process keeps it."
+    Path(lock).parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, timeout=wait)
+    try: held.acquire()
+    except Timeout: raise ConfigError(f'{what or Path(lock).parent} is in use by another process; wait until that one ends, or choose another name') from None
+    try: yield
+    finally: held.release()
+
+@contextmanager
+def made_once(
+    path: str | Path, # File or folder that any process may make
+) -> Iterator[Path | None]: # Where to make it, to be moved to `path`; None where it is there
+    "Yield a temporary path where `path` is missing, while other processes that need it wait."
+    path = Path(path)
+    with exclusive(path.with_name(f'.{path.name}.lock'), wait=-1):
+        if path.exists(): yield None
+        else:
+            with atomic_path(path) as new: yield new
 
 # %% ../nbs/core.ipynb #8a2150df
 def write_json(
