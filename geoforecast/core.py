@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -131,7 +131,7 @@ def made_once(
 ) -> Iterator[Path | None]: # Where to make it, to be moved to `path`; None where it is there
     "Yield a temporary path where `path` is missing, while other processes that need it wait."
     path = Path(path)
-    with exclusive(path.with_name(f'.{path.name}.lock'), wait=-1):
+    with nullcontext() if path.exists() else exclusive(path.with_name(f'.{path.name}.lock'), wait=-1):
         if path.exists(): yield None
         else:
             with atomic_path(path) as new: yield new

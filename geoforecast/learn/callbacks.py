@@ -7,6 +7,7 @@ __all__ = ['SHOWN', 'weight_average', 'LatestCheckpoint', 'read_metrics', 'peak_
 
 # %% ../../nbs/learn/04_callbacks.ipynb #b53fc53e
 import csv
+import os
 import sys
 import time
 from pathlib import Path
@@ -117,4 +118,7 @@ class EpochReport(Checkpoint):
         done = trainer.current_epoch + 1
         line = _line(row, self.shown, trainer.max_epochs, trainer.max_steps, (time.perf_counter() - self.began)*done/(done - self.first))
         if not self.quiet: print(line, flush=True)
+        if self.quiet or os.environ.get('GEOFORECAST_LOG') != os.path.realpath(self.log_path): self._keep_line(line)
+
+    def _keep_line(self, line):
         with open(self.log_path, 'a', encoding='utf-8') as f: f.write(f'{time.strftime("%F %T")}  {line}\n')
