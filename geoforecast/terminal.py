@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'KEPT', 'Parser', 'check_names', 'add_command', 'positive', 'date', 'parse_value', 'absolute_path', 'shown',
-           'print_results', 'quiet', 'error_line']
+           'print_results', 'duration', 'RunLog', 'quiet', 'error_line']
 
 # %% ../nbs/terminal.ipynb #e979eb20
 import argparse
 import logging
 import os
 import re
+import shutil
 import sys
+import threading
+import time
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -136,6 +140,68 @@ def print_results(
     if len(days) > 3: others.append(f'{shown(days[0])} and {len(days) - 1} more days')
     for path in [*others, *(days if len(days) <= 3 else []), *pictures[:20]]: print(path if isinstance(path, str) else shown(path))
     if len(pictures) > 20: print(f'and {len(pictures) - 20} more pictures')
+
+# %% ../nbs/terminal.ipynb #fd1187f7
+def duration(
+    seconds: float,
+) -> str: # Hours, minutes and seconds, such as 0:01:12
+    "Write a time span as a person reads it."
+    return str(timedelta(seconds=round(seconds)))
+
+class RunLog:
+    "Keep what is printed, also by others, as lines with their time, and show below it where the run is."
+    def __init__(self,
+        path: str | Path, # File to append to
+        title: str, # First line, such as the command
+    ):
+        self.path, self.title, self.where, self.lock, self.ended = Path(path), title, '', threading.RLock(), threading.Event()
+
+    def __enter__(self):
+        self.file, self.began, self.streams, self.live = open(self.path, 'a', encoding='utf-8'), time.monotonic(), (sys.stdout, sys.stderr), sys.stdout.isatty()
+        self.keep(f'=== {self.title}')
+        os.environ['GEOFORECAST_LOG'] = os.path.realpath(self.path)
+        sys.stdout, sys.stderr = self.kept = [_Kept(stream, self) for stream in self.streams]
+        if self.live: threading.Thread(target=self._tick, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.ended.set()
+        with self.lock: self.draw(False)
+        sys.stdout, sys.stderr = self.streams
+        os.environ.pop('GEOFORECAST_LOG')
+        for rest in filter(None, (stream.rest for stream in self.kept)): self.keep(rest)
+        self.file.close()
+
+    def keep(self, line: str): "Append a line."; print(f'{time.strftime("%F %T")}  {line}', file=self.file, flush=True)
+
+    @property
+    def elapsed(self) -> str: "Since the start."; return duration(time.monotonic() - self.began)
+
+    def draw(self, show: bool = True):
+        "Draw the last line anew, or wipe it."
+        if not self.live or self.ended.is_set() and show: return
+        line = f'{self.where}  {self.elapsed}'[:shutil.get_terminal_size().columns - 1] if show and self.where else ''
+        self.streams[0].write(f'\r\x1b[K{line}')
+        self.streams[0].flush()
+
+    def _tick(self):
+        while not self.ended.wait(1):
+            with self.lock:
+                if not any(stream.rest for stream in self.kept): self.draw()
+
+class _Kept:
+    "A stream whose lines go to a log too."
+    def __init__(self, stream, log): self.stream, self.log, self.rest = stream, log, ''
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.log.lock:
+            if not self.rest: self.log.draw(False)
+            self.stream.write(text)
+            *lines, self.rest = (self.rest + text).split('\n')
+            for line in lines: self.log.keep(line.rstrip('\r').rpartition('\r')[2])
+            if not self.rest: self.log.draw()
+        return len(text)
 
 # %% ../nbs/terminal.ipynb #94535cc8
 @contextmanager
