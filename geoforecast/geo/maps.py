@@ -105,13 +105,15 @@ def map_axes(
     nrows: int = 1, # Maps above one another
     ncols: int = 1, # Maps side by side
     labels: bool = True, # Longitudes and latitudes along the edges
+    fig=None, # Figure or subfigure to put them on; a new one by default
 ): # Figure, and one axes or an array of them
     "Make map axes that show the whole of a grid; raises `DataError` for what is no place."
     grid = _grid(place)
     left, bottom, right, top = grid.bounds
     figsize = figsize or (5*ncols, 5*np.clip((top - bottom)/(right - left), .35, 1.6)*nrows + .4)
     frame = dict(projection=projection or projection_of(grid))
-    fig, axes = plt.subplots(nrows, ncols, figsize=figsize, layout='constrained', subplot_kw=frame)
+    fig = fig or plt.figure(figsize=figsize, layout='constrained')
+    axes = fig.subplots(nrows, ncols, subplot_kw=frame)
     for ax in np.ravel(axes):
         _limit(ax, grid, own=projection is None)
         if labels: draw_graticule(ax)
@@ -200,9 +202,10 @@ def add_colorbar(
     artist, # What `draw_field` returned
     ax, # Its axes, or several that share the colours
     label: str = '', # Quantity and unit
+    location: str = 'right', # Side of the map: `right` or `bottom`
 ):
     "Add a colour bar beside the map, or one for all of several maps."
-    return artist.figure.colorbar(artist, ax=ax, label=label, shrink=.8, aspect=25, pad=.02)
+    return artist.figure.colorbar(artist, ax=ax, label=label, location=location, shrink=.8, aspect=25, pad=.02)
 
 def draw_field(
     ax, # Map axes
