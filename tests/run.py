@@ -4,7 +4,7 @@
     python tests/run.py nbs/fire nbs/core.ipynb     these notebooks
     python tests/run.py tests/test_frame.py         these tests
 
-Notebooks run two at a time, each in a process of its own. Those of nbs/runs go through papermill with preset=quick
+Notebooks and files of tests run two at a time, each in a process of its own. Those of nbs/runs go through papermill with preset=quick
 into a temporary output_dir. GEOFORECAST_QUICK=1 is set for whatever starts a run. Exit status 0 only if nothing failed.
 """
 import argparse
@@ -67,12 +67,12 @@ def run_notebooks(paths: list[Path], workers: int) -> tuple[int, int]:
     return len(paths) - failed, failed
 
 
-def run_tests(paths: list[Path]) -> tuple[int, int, int]:
-    "Run pytest and return how many tests passed, failed and were skipped."
+def run_tests(paths: list[Path], workers: int) -> tuple[int, int, int]:
+    "Run pytest, the files in parallel, and return how many tests passed, failed and were skipped."
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/"report.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *map(str, paths)]
-        status = subprocess.run(command, cwd=ROOT, env=environment(1)).returncode
+        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", "-n", str(workers), "--dist", "loadfile", "--durations=15", *map(str, paths)]
+        status = subprocess.run(command, cwd=ROOT, env=environment(workers)).returncode
         if not report.exists(): return 0, 1, 0
         suite = ElementTree.parse(report).getroot().find("testsuite")
     total, failures, errors, skipped = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
@@ -84,7 +84,7 @@ def main() -> int:
     "Run what the command line names and return the exit status."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, help="notebooks, folders of notebooks, test files; all by default")
-    parser.add_argument("--workers", type=int, default=2, help="notebooks at a time")
+    parser.add_argument("--workers", type=int, default=2, help="notebooks or files of tests at a time")
     args = parser.parse_args()
     for path in args.paths:
         if not path.exists(): parser.error(f"{path} does not exist")
@@ -92,7 +92,7 @@ def main() -> int:
     tests = [p for p in paths if p.suffix == ".py" or p.name == "tests"]
     notebooks = [n for p in paths if p not in tests for n in find_notebooks(p)]
     good, bad = run_notebooks(notebooks, args.workers)
-    passed, failed, skipped = run_tests(tests) if tests else (0, 0, 0)
+    passed, failed, skipped = run_tests(tests, args.workers) if tests else (0, 0, 0)
     print(f"{good} notebooks passed, {bad} failed; {passed} tests passed, {failed} failed, {skipped} skipped")
     return int(bool(bad or failed))
 
