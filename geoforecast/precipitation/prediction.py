@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEPTH', 'QUANTILES', 'BLOCK', 'MEMBERS', 'RAIN_LEVELS', 'RAIN_NORM', 'cut_to_model', 'forecast_times', 'locate',
-           'raw_windows', 'forecast_series', 'load_model', 'generate_predictions', 'draw_prediction', 'prediction_map',
-           'as_source', 'write_forecast', 'name_series', 'forecast_bundle']
+           'raw_windows', 'forecast_series', 'load_model', 'region_of', 'generate_predictions', 'draw_prediction',
+           'prediction_map', 'as_source', 'write_forecast', 'name_series', 'forecast_bundle']
 
 # %% ../../nbs/precipitation/14_prediction.ipynb #04df277b
 import json
@@ -151,10 +151,12 @@ def load_model(
 ) -> tuple[PrecipitationForecaster | Ensemble, dict, RegionConfig | None]: # In evaluation mode; its configuration; its region, None where the whole field is the target
     "Load a trained model; raise `BundleError` where it is damaged, foreign or of another task."
     bundle = load_bundle(path)
-    return bundle.forecaster, bundle.config, _region(bundle)
+    return bundle.forecaster, bundle.config, region_of(bundle)
 
-def _region(bundle):
-    "Return the region, and give the model back the latitudes of its rows."
+def region_of(
+    bundle: Bundle, # As `load_bundle` gives it
+) -> RegionConfig | None: # None where the whole field is the target
+    "Read a bundle's region, and give its model back the latitudes of its rows; raise `BundleError` for a model of another task."
     task, region, facts = bundle.metadata.get('task'), bundle.metadata.get('region'), bundle.folder/'inputs.json'
     if task != 'precipitation': raise BundleError(f"{bundle.folder} is a model of the task '{task}', not of precipitation")
     if facts.is_file(): bundle.forecaster.inputs.set_statistics(json.loads(facts.read_text(encoding='utf-8')))
@@ -286,7 +288,7 @@ def forecast_bundle(
     date: str | None = None, # Only the forecasts valid on this day or at this moment, such as 2020-01-31 or 2020-01-31T12
 ) -> list[Path]: # The files
     "Forecast every series with a trained model; raise `DataError` where steps are missing, `ConfigError` for an impossible date."
-    model, facts, region, files = bundle.forecaster, bundle.metadata, _region(bundle), []
+    model, facts, region, files = bundle.forecaster, bundle.metadata, region_of(bundle), []
     for name, path in name_series(data).items():
         try:
             atmosphere = open_atmosphere(path, facts.get('step'), facts.get('coarsen', 1))
