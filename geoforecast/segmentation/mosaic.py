@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CACHE', 'TABLES', 'stream_mosaic', 'choose_bands', 'window_reader', 'nodata_of', 'predict_scene', 'write_polygons',
-           'class_areas', 'scene_map', 'forecast_bundle']
+           'class_areas', 'shown_bands', 'band_limits', 'picture', 'scene_map', 'forecast_bundle']
 
 # %% ../../nbs/segmentation/19_mosaic.ipynb #18b0b6bc
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -129,27 +129,30 @@ def predict_scene(
     forecaster: Forecaster | Ensemble, # Trained, in evaluation mode; gives logarithms of probabilities
     scene: Scene, # Image of any size
     mapping: ClassMapping, # The forecaster's classes
-    out: str | Path, # Folder that gets `classes.tif`, `confidence.tif` and, if wanted, `polygons.gpkg`
+    out: str | Path, # Folder that gets `classes.tif`, `confidence.tif` and, if wanted, `polygons.gpkg` and more measures
     size: int = 256, # Side of a window; that of the training's tiles is best
     overlap: int | None = None, # Least pixels that neighbouring windows share; a quarter of `size` by default
     views: int = 1, # Ways to look at each window, see `Ensemble`
     batch_size: int = 8, # Windows at once
     bands=None, # See `choose_bands`
     polygons: bool = False, # Write outlines too
+    measures: dict[str, Callable[[Tensor], Tensor]] | None = None, # More to write: file's name to a function of probabilities (1, K, h, w) that gives (1, h, w), such as `active.uncertainty`
 ) -> list[Path]: # The files
     "Map a scene in little memory; raises `DataError` where its bands do not fit and `ConfigError` for impossible options."
-    files, (nothing, unsure) = [Path(out)/f'{name}.tif' for name in ('classes', 'confidence')], nodata_of(scene, len(mapping))
+    measures, (nothing, unsure) = dict(confidence=lambda p: p.amax(1)) | (measures or {}), nodata_of(scene, len(mapping))
+    files = [Path(out)/f'{name}.tif' for name in ('classes', *measures)]
     if views > 1: forecaster = Ensemble(list(getattr(forecaster, 'members', [forecaster])), views).eval()
     with rasterio.Env(**CACHE):
         predict, read, overlap = _predictor(forecaster, len(mapping)), window_reader(forecaster.inputs, scene, bands), size//4 if overlap is None else overlap
-        with _geotiff(files[0], scene, 'uint8', nothing) as classes, _geotiff(files[1], scene, 'float32', unsure) as confidence:
+        with ExitStack() as opened:
+            classes, *others = (opened.enter_context(_geotiff(f, scene, *kind)) for f, kind in zip(files, [('uint8', nothing)] + [('float32', unsure)]*len(measures)))
             _colour(classes, mapping, nothing)
-            confidence.set_band_description(1, 'probability of the class')
+            for f, name in zip(others, measures): f.set_band_description(1, 'probability of the class' if name == 'confidence' else name)
             for rows, cols, p in stream_mosaic(predict, read, *scene.shape, len(mapping), size, overlap, batch_size):
-                (best, ids), place = p.max(0), dict(indexes=1, window=Window.from_slices(rows, cols))
-                gone = best.isnan()
-                classes.write(ids.masked_fill(gone, nothing or IGNORE).byte().numpy(), **place)
-                confidence.write(((best*1024).round()/1024).masked_fill(gone, np.nan if unsure is None else unsure).numpy(), **place)
+                gone, place = p[0].isnan(), dict(indexes=1, window=Window.from_slices(rows, cols))
+                classes.write(p.argmax(0).masked_fill(gone, nothing or IGNORE).byte().numpy(), **place)
+                for f, measure in zip(others, measures.values()):
+                    f.write(((measure(p[None])[0]*1024).round()/1024).masked_fill(gone, np.nan if unsure is None else unsure).numpy(), **place)
     return files + ([write_polygons(Path(out)/'polygons.gpkg', files[0], mapping)] if polygons else [])
 
 def _predictor(forecaster, num_classes):
@@ -228,11 +231,28 @@ def _thin(path, bands, side, resampling=Resampling.average):
         shape = [max(round(n*min(side/max(f.shape), 1)), 1) for n in f.shape]
         return np.where(f.dataset_mask(out_shape=shape) > 0, f.read(bands, out_shape=(len(bands), *shape), resampling=resampling).astype(np.float32), np.nan)
 
-def _picture(values):
-    "Stretch one band or three to 0..1, missing pixels white."
-    values = values[:3] if len(values) > 2 else values[:1].repeat(3, 0)
-    low, high = (np.nanpercentile(values, q, axis=(1, 2), keepdims=True) if np.isfinite(values).any() else np.float32(q/100) for q in (1, 99))
-    return np.nan_to_num(np.clip((values - low)/np.maximum(high - low, 1e-6), 0, 1), nan=1.).transpose(1, 2, 0)
+def shown_bands(
+    scene: Scene,
+    bands=None, # Numbers of bands from 1 that are wanted
+) -> list[int]: # Numbers from 1
+    "Choose what is shown as red, green and blue: what is wanted, the bands of these names, or all."
+    named = [scene.bands.index(b) + 1 for b in ('red', 'green', 'blue') if b in scene.bands]
+    return list(bands or (named if len(named) == 3 else range(1, len(scene.bands) + 1)))
+
+def band_limits(
+    values: np.ndarray, # (C, h, w), NaN where there is no data
+) -> tuple[np.ndarray, np.ndarray]: # (C,) each
+    "Find what becomes black and white: the first and the last percentile."
+    return tuple(np.nanpercentile(values, q, axis=(1, 2)) if np.isfinite(values).any() else np.full(len(values), q/100) for q in (1, 99))
+
+def picture(
+    values: np.ndarray, # (C, h, w), NaN where there is no data
+    limits: tuple | None = None, # As `band_limits` gives them; those of `values` where None
+) -> np.ndarray: # (h, w, 3) from 0 to 1, missing pixels white
+    "Stretch the first three bands, or the only one, for the eye."
+    low, high = (v[:, None, None] for v in limits or band_limits(values))
+    values = np.nan_to_num(np.clip((values - low)/np.maximum(high - low, 1e-6), 0, 1), nan=1.)
+    return (values[:3] if len(values) > 2 else values[:1].repeat(3, 0)).transpose(1, 2, 0)
 
 def scene_map(
     scene: Scene,
@@ -249,8 +269,7 @@ def scene_map(
     place = dict(extent=(left, right, bottom, top), interpolation='nearest') | (dict(transform=projection_of(scene.grid)) if upright else {})
     ids, sure = (_thin(Path(folder)/f'{name}.tif', [1], side, how)[0] for name, how in (('classes', Resampling.mode), ('confidence', Resampling.average)))
     ids = np.nan_to_num(ids, nan=IGNORE).astype(np.uint8)
-    named = [scene.bands.index(b) + 1 for b in ('red', 'green', 'blue') if b in scene.bands]
-    axes[0].imshow(_picture(_thin(scene.image, list(bands or (named if len(named) == 3 else range(1, len(scene.bands) + 1))), side)), **place)
+    axes[0].imshow(picture(_thin(scene.image, shown_bands(scene, bands), side)), **place)
     axes[1].imshow(mapping.to_colours(ids), **place)
     mapping.legend(axes[1], ids)
     add_colorbar(axes[2].imshow(sure, vmin=0, vmax=1, cmap='viridis', **place), axes[2], 'probability of the class')
