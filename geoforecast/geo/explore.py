@@ -22,6 +22,7 @@ from traitlets import TraitError, observe
 
 from ..core import ConfigError, GeoforecastError, atomic_path, nearest, project_root
 from .grid import Grid
+from .maps import central_longitude
 
 # %% ../../nbs/geo/04_explore.ipynb #b857b1a7
 class LiveCanvas(Canvas):
@@ -86,7 +87,7 @@ def cell_at(
     y: float,
 ) -> tuple[int, int] | None: # Row and column, None outside the grid
     "Find the cell of a grid at a place on its map."
-    middle = ax.projection.proj4_params.get('lon_0', 0) if grid.is_geographic else 0
+    middle = central_longitude(ax.projection) if grid.is_geographic else 0
     a, _, c, _, e, f = grid.transform
     row, col = int(np.floor((y - f)/e)), int(np.floor((x + middle - c)/a))
     return (row, col) if 0 <= row < grid.height and 0 <= col < grid.width else None

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PROBABILITY', 'FIRE', 'RAIN', 'DIFFERENCE', 'OKABE_ITO', 'HALO', 'GROUND', 'ROUND', 'natural_earth',
-           'projection_of', 'extent_of', 'draw_graticule', 'map_axes', 'draw_coastlines', 'category_colors',
-           'add_colorbar', 'draw_field', 'draw_box', 'terrain_shading', 'draw_outline', 'draw_scale_bar',
-           'draw_locator', 'draw_categories', 'save_figure']
+           'projection_of', 'central_longitude', 'extent_of', 'draw_graticule', 'map_axes', 'draw_coastlines',
+           'category_colors', 'add_colorbar', 'draw_field', 'draw_box', 'terrain_shading', 'draw_outline',
+           'draw_scale_bar', 'draw_locator', 'draw_categories', 'save_figure']
 
 # %% ../../nbs/geo/03_maps.ipynb #27f55b8d
 from functools import lru_cache
@@ -52,8 +52,10 @@ def projection_of(
     projection.threshold = margin/100
     return projection
 
-def _center(projection):
-    "Longitude in the middle of a plate carree, which cartopy's versions keep under two names."
+def central_longitude(
+    projection: ccrs.Projection, # Plate carree
+) -> float: # Degrees east; x on the map is longitude less this
+    "Find the longitude in the middle of a plate carree, which cartopy's versions keep under two names."
     return projection.proj4_params.get('pm', projection.proj4_params.get('lon_0', 0))
 
 # %% ../../nbs/geo/03_maps.ipynb #ef551bb1
@@ -123,7 +125,7 @@ def _limit(ax, grid, own=True):
     "Show the whole grid, on its own projection or another."
     left, bottom, right, top = grid.bounds
     west, east, south, north = grid.extent_lonlat
-    middle = _center(ax.projection) if grid.is_geographic else 0
+    middle = central_longitude(ax.projection) if grid.is_geographic else 0
     if own: ax.set_xlim(left - middle, right - middle); ax.set_ylim(bottom, top)
     elif east - west < 359: ax.set_extent((west, east, south, north), ccrs.PlateCarree())
     else: ax.set_global()
@@ -178,7 +180,7 @@ def _label(data):
 
 def _middle(ax, grid):
     "Longitude or easting of the map's x = 0, or None where the field has to be projected."
-    if grid.is_geographic: return _center(ax.projection) if isinstance(ax.projection, ccrs.PlateCarree) else None
+    if grid.is_geographic: return central_longitude(ax.projection) if isinstance(ax.projection, ccrs.PlateCarree) else None
     return 0 if ax.projection == projection_of(grid) else None
 
 def _north_up(data):
