@@ -118,7 +118,7 @@ def figures(path: str) -> list[bytes]:
 
 def plain(cell: dict, here: str) -> dict | None:
     "Return a cell without nbdev's directives, doing as they say; nothing where it is hidden or empty."
-    if cell["cell_type"] != "code": return cell | {"source": link_names(relink(source(cell), here), here)}
+    if cell["cell_type"] != "code": return cell | {"source": link_names(relink(source(cell), here), module_of(here))}
     said = dict(re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", source(cell), re.M))
     text = re.sub(r"^#\|.*\n?", "", source(cell), flags=re.M).strip("\n")
     if "hide" in said or not (text or cell["outputs"]): return None
@@ -165,15 +165,14 @@ def names() -> dict[str, list[str]]:
     return found
 
 
-def link_names(text: str, here: str) -> str:
-    "Turn public names in backticks into links to the reference, outside blocks of code."
-    own = module_of(here) if here.endswith(".ipynb") else ""
+def link_names(text: str, own: str = "") -> str:
+    "Turn public names in backticks, outside blocks of code, into links to the reference; those of the module `own` go first."
     def mend(span):
         found = names().get(span[1].removesuffix("()"), [])
         module = own if own in found else found[0] if len(found) == 1 else ""
         return f"{{py:obj}}`{span[1]} <{module}.{span[1].removesuffix('()')}>`" if module else span[0]
-    blocks = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)
-    return "".join(b if b.startswith("```") else re.sub(r"(?<![`\[}])`(\w+(?:\(\))?)`(?![`\]])", mend, b) for b in blocks)
+    blocks = re.split(r"(^```(?!`).*?^```$)", text, flags=re.M | re.S)
+    return "".join(b if re.match("```[^`]", b) else re.sub(r"(?<![`\[}])`(\w+(?:\(\))?)`(?![`\]])", mend, b) for b in blocks)
 
 
 def text_of(value) -> str:
@@ -206,7 +205,7 @@ def table(thing) -> str:
         return f"`{re.sub(r'(?:[a-zA-Z_]+[.])+(?=[a-zA-Z_])', '', written)}`" if written else ""
     notes = docments(thing, full=True)
     def note(name): return " ".join((notes.get(name, {}).get("docment") or "").split())
-    rows = [(f"`{p.name}`", kind(p.annotation), "" if p.default is p.empty else f"`{text_of(p.default)}`", note(p.name)) for p in parameters(thing)]
+    rows = [(f"**{p.name}**", kind(p.annotation), "" if p.default is p.empty else f"`{text_of(p.default)}`", note(p.name)) for p in parameters(thing)]
     if not inspect.isclass(thing) and (note("return") or "return" in getattr(thing, "__annotations__", {})):
         rows.append(("*returns*", kind(inspect.signature(thing).return_annotation), "", note("return")))
     if not rows: return ""
@@ -237,7 +236,7 @@ def reference(module: str) -> str:
     loaded, notebook = importlib.import_module(module), modules()[module]
     title, promise = heading(notebook)
     head = f"# {module.removeprefix('geoforecast.')}\n\n{promise}\n\nMade in the notebook [{title}](../{place(notebook)}).\n\n```{{py:module}} {module}\n```\n"
-    return "\n".join([head, *(describe(n, getattr(loaded, n)) for n in loaded.__all__)])
+    return link_names("\n".join([head, *(describe(n, getattr(loaded, n)) for n in loaded.__all__)]), module)
 
 
 def reference_index() -> str:
@@ -253,8 +252,9 @@ def stage(folder: Path) -> None:
     docs = [p.relative_to(ROOT).as_posix() for p in (ROOT/"docs").rglob("*") if p.is_file()]
     files = {place(p): (ROOT/p).read_bytes() for p in [*PAGES, *docs] if not p.endswith(".md")}
     texts = {p: (ROOT/p).read_text(encoding="utf-8") for p in [*PAGES, *docs] if p.endswith(".md")}
-    files |= {place(p): link_names(relink(t, p), p).replace("<!-- runs -->", cards("runs", p)).replace("<!-- explore -->", cards("explore", p)) for p, t in texts.items()}
+    files |= {place(p): link_names(relink(t, p)) for p, t in texts.items()}
     files |= {picture(n, int(i)): figures(n)[int(i) - 1] for p, t in texts.items() for f, i in FIGURE.findall(t) for n in [absolute(f, p)]}
+    files["gallery.md"] = re.sub(r"<!-- (\w+) -->", lambda m: cards(m[1]), files["gallery.md"])
     for p in notebooks():
         files[place(p)] = json.dumps(page(p))
         if Path(p).parent.name in ("runs", "explore") and figures(p): files[picture(p, len(figures(p)))] = figures(p)[-1]
@@ -271,14 +271,15 @@ def write(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def cards(folder: str, here: str) -> str:
+def cards(folder: str) -> str:
     "Return the notebooks of a folder as cards with title, promise and last picture."
     made = []
     for p in (n for n in notebooks() if Path(n).parent.name == folder):
         title, promise = heading(p)
-        shown = [f":img-top: {picture(p, len(figures(p)))}"] if figures(p) else []
-        made.append("\n".join([f":::{{grid-item-card}} {title}", f":link: {place(p).removesuffix('.ipynb')}", ":link-type: doc", *shown, f":img-alt: The last figure of {title}", promise, ":::"]))
-    return "\n\n".join(["::::{grid} 1 2 2 2", ":gutter: 3", *made, "::::"])
+        shown = [f":img-top: {picture(p, len(figures(p)))}", f":img-alt: The last figure of: {title}"] if figures(p) else []
+        link = [f":link: {place(p).removesuffix('.ipynb')}", ":link-type: doc"]
+        made.append("\n".join([f":::{{grid-item-card}} {title}", *link, *shown, promise, ":::"]))
+    return "" if not made else "\n\n".join(["::::{grid} 1 2 2 2\n:gutter: 3", *made, "::::"])
 
 
 def fetch(folder: Path, archives: Path) -> list[str]:
