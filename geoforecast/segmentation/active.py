@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'WAYS', 'COLUMNS', 'uncertainty', 'k_center', 'read_tiles', 'tile_uncertainty', 'tile_features', 'Ranked',
-           'rank_tiles', 'has_data', 'write_selection', 'listed_tiles', 'select_tiles']
+           'rank_tiles', 'has_data', 'write_selection', 'listed_tiles', 'propose_tiles', 'select_tiles']
 
 # %% ../../nbs/segmentation/21_active.ipynb #91d84c14
 import csv
@@ -164,6 +164,26 @@ def listed_tiles(
     return [Tile(named_scenes(scenes, [name], data_dir)[0], row, column, size) for name, row, column, size in read_selection(path)]
 
 # %% ../../nbs/segmentation/21_active.ipynb #460cc687
+def propose_tiles(
+    forecaster: nn.Module, # As for `rank_tiles`
+    mapping: ClassMapping, # Its classes
+    data_dir: str | Path, # Images with and without masks
+    n: int | None = 100, # Tiles to choose; all where None
+    by: str = 'margin', # One of `WAYS`
+    labels: str | Path | None = None, # A list: its tiles count as labelled and no others
+    size: int = 256, # Side of a tile, pixels
+    bands=None, # See `choose_bands`
+    batch_size: int = 8, # Tiles at once
+    seed: int = 0, # For `random`
+) -> list[Ranked]: # The best first
+    "Choose the tiles of a folder whose labels would teach a model most; raises `DataError` where no tile is left."
+    scenes = find_scenes(data_dir)
+    tiles = [t for s in _fitting(scenes, forecaster.inputs, bands) for t in tiles_of(s, size)]
+    labelled = listed_tiles(labels, scenes, data_dir) if labels else [t for t in tiles if any(class_counts(t, mapping))]
+    ranked = rank_tiles(forecaster, without_leaks(tiles, labelled), n, by, labelled, bands, batch_size, seed)
+    if not ranked: raise DataError(f'{data_dir} holds no tile without a label that shows anything new; add images without a mask')
+    return ranked
+
 def select_tiles(
     bundle: str | Path, # A trained model, or the run that wrote it
     data_dir: str | Path, # Images with and without masks
@@ -177,13 +197,10 @@ def select_tiles(
     seed: int = 0, # For `random`
 ) -> list[Tile]: # Those chosen now
     "Write the list of tiles whose labels would teach a model most; raises `DataError` where no tile is left, `BundleError` for a model of another task."
-    model, scenes = load_bundle(bundle), find_scenes(data_dir)
+    model = load_bundle(bundle)
     if (task := model.metadata.get('task')) != 'segmentation': raise BundleError(f"{model.folder} is a model of the task '{task}', not of segmentation")
-    size, mapping = size or model.metadata['size'], ClassMapping.from_dict(model.metadata['classes'])
-    tiles = [t for s in _fitting(scenes, model.forecaster.inputs, bands) for t in tiles_of(s, size)]
-    labelled = listed_tiles(labels, scenes, data_dir) if labels else [t for t in tiles if any(class_counts(t, mapping))]
-    ranked = rank_tiles(model.forecaster, without_leaks(tiles, labelled), n, by, labelled, bands, batch_size, seed)
-    if not ranked: raise DataError(f'{data_dir} holds no tile without a label that shows anything new; add images without a mask')
+    mapping = ClassMapping.from_dict(model.metadata['classes'])
+    ranked = propose_tiles(model.forecaster, mapping, data_dir, n, by, labels, size or model.metadata['size'], bands, batch_size, seed)
     write_selection(out, ranked, data_dir, labels)
     return [r.tile for r in ranked]
 
