@@ -213,22 +213,22 @@ def table(thing) -> str:
     return "\n".join(["| parameter | type | default | meaning |", "|---|---|---|---|", *body])
 
 
-def entry(kind: str, signed: str, doc: str | None, rows: str = "") -> str:
-    "Return one object of the reference."
-    return "\n".join([f"````{{py:{kind}}} {signed}", "", inspect.cleandoc(doc or ""), "", rows, "````", ""])
+def entry(kind: str, signed: str, doc: str | None, rows: str = "", fence: str = "````", inner: list[str] = []) -> str:
+    "Return one object of the reference, with what belongs to it."
+    return "\n".join([f"{fence}{{py:{kind}}} {signed}", "", inspect.cleandoc(doc or ""), "", rows, "", *inner, fence, ""])
 
 
 def describe(name: str, thing) -> str:
     "Return the reference of a public name: a function, a class with its methods, or a value."
-    if not callable(thing): return entry("data", name, f"`{type(thing).__name__}`" + (f", `{text_of(thing)}`" if text_of(thing) != "..." else ""))
+    if not (inspect.isroutine(thing) or inspect.isclass(thing)): return entry("data", name, f"`{type(thing).__name__}`" + (f", `{text_of(thing)}`" if text_of(thing) != "..." else ""))
     if not inspect.isclass(thing): return entry("function", signature(thing, name), thing.__doc__, table(thing))
-    parts = [entry("class", signature(thing, name), vars(thing).get("__doc__"), table(thing))]
+    inner = []
     for method, member in vars(thing).items():
         bare = getattr(member, "__func__", member)
         if method.startswith("_") or not getattr(bare, "__doc__", None): continue
-        if inspect.isfunction(bare): parts.append(entry("method", signature(bare, f"{name}.{method}"), bare.__doc__, table(bare)))
-        elif isinstance(member, property): parts.append(entry("property", f"{name}.{method}", member.__doc__))
-    return "\n".join(parts)
+        if inspect.isfunction(bare): inner.append(entry("method", signature(bare, method), bare.__doc__, table(bare)))
+        elif isinstance(member, property): inner.append(entry("property", method, member.__doc__))
+    return entry("class", signature(thing, name), vars(thing).get("__doc__"), table(thing), "`````", inner)
 
 
 def reference(module: str) -> str:
@@ -307,7 +307,7 @@ def broken_links(site: Path) -> list[str]:
     for here, text in pages.items():
         found += [f"{here.relative_to(site)}: loads {m}" for m in re.findall(r'<(?:script|img|link|iframe|source)\b[^>]*?(?:src|href)="((?:https?:)?//[^"]+)"', text)]
         for link in set(re.findall(r'\b(?:href|src)="([^"]*)"', text)):
-            if re.match(r"[a-z]+:|//", link): continue
+            if re.match(r"[a-z]+:|//", link) or link == "#papermill-error-cell": continue # papermill's, in the notebook that failed
             target, _, anchor = unquote(html.unescape(link)).partition("#")
             there = Path(os.path.normpath(here.parent/target.split("?")[0])) if target else here
             if not there.is_file() or there in anchors and anchor not in anchors[there]: found.append(f"{here.relative_to(site)}: {link}")
@@ -321,11 +321,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=ROOT/"build"/"docs", help="what is kept from one build to the next")
     args = parser.parse_args()
     stage(args.work/"source")
+    site = args.work/"html"/"site"
     for package in fetch(args.work/"source"/"_static"/"assets", args.work/"npm"): print(f"warning: {package} could not be fetched with npm")
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "auto", "-d", args.work/"doctrees", args.work/"source", args.work/"html"/"site"]
-    warned, broken = subprocess.run(list(map(str, command))).returncode, broken_links(args.work/"html"/"site")
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "auto", "-d", args.work/"doctrees", args.work/"source", site]
+    warned, broken = subprocess.run(list(map(str, command))).returncode, broken_links(site)
+    if warned: shutil.rmtree(args.work/"doctrees") # so that the next build says it again
     shutil.rmtree(args.out, ignore_errors=True)
-    shutil.copytree(args.work/"html"/"site", args.out)
+    shutil.copytree(site, args.out)
     if broken: print("broken links:", *broken, sep="\n  ")
     print(f"{args.out/'index.html'}: {len(list(args.out.rglob('*.html')))} pages, {len(broken)} broken links{', warnings above' if warned else ''}")
     return int(bool(warned or broken))
