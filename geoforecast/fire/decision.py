@@ -16,7 +16,7 @@ from ..core import ConfigError
 from .prediction import day_of, focus
 from .wsts import Fire
 from ..geo.io import georeference
-from ..geo.maps import draw_categories, draw_locator, draw_outline, draw_scale_bar, map_axes
+from ..geo.maps import OKABE_ITO, draw_categories, draw_locator, draw_outline, draw_scale_bar, map_axes
 from ..learn.metrics import scores_at
 
 # %% ../../nbs/fire/23_decision.ipynb #761be03e
@@ -49,6 +49,7 @@ def draw_value(
 ): # The axes
     "Draw the economic value of forecasts over the ratio of cost to loss."
     ratios = np.geomspace(.003, .9, 40)
+    ax.set_prop_cycle(color=OKABE_ITO[:4], linestyle=['-', '--', '-.', ':'])
     for name, histogram in histograms.items(): ax.plot(ratios, [economic_value(histogram, r) for r in ratios], label=name)
     ax.axhline(0, color='0.6', lw=.8)
     ax.set(xscale='log', ylim=(-.3, 1), xlabel='cost of acting / loss avoided', ylabel='relative economic value', title='What a forecast is worth')
