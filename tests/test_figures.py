@@ -38,7 +38,7 @@ def test_alt_texts_stand_at_the_head_of_a_cell():
 def test_every_figure_has_an_alt_text():
     texts = {f"{name(n)}, cell {c['id']}": alt_texts(c) for n in notebooks() for c in cells_with_pictures(n)}
     wrong = {where: t for where, t in texts.items() if len(t) != 1 or len(t[0].strip()) not in TEXT_LENGTH}
-    assert not wrong, f"begin each with one line '#| fig-alt: …': kind, axes with units, what is seen, in {TEXT_LENGTH[0]} to {TEXT_LENGTH[-1]} characters"
+    assert not wrong, f"{', '.join(wrong)}: begin each with one line '#| fig-alt: …': kind, axes with units, what is seen, in {TEXT_LENGTH[0]} to {TEXT_LENGTH[-1]} characters"
 
 
 def test_no_two_figures_have_the_same_alt_text():
