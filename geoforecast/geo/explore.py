@@ -66,7 +66,7 @@ class Layers:
         return artist
 
     def _keep(self, event):
-        if self.canvas.is_saving(): return # a file holds the artists already
+        if self.canvas.figure.canvas.is_saving(): return # a file holds the artists already
         self.background = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
         self._draw()
 
