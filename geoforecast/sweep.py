@@ -28,9 +28,7 @@ from pathlib import Path
 from typing import Iterator
 
 from .core import ConfigError, atomic_path, check_choice, exclusive, project_root, require
-from .learn.metrics import FAMILIES, SCORE_KEYS, score_key
 from .notebooks import PARENT, Plan, declared_parameters, find_notebook, is_done, plan_run, read_parameters, report_of
-from .sweep_scores import gather, write_results
 from .terminal import RunLog, error_line, shown
 
 # %% ../nbs/sweep.ipynb #af95d30f
@@ -195,7 +193,7 @@ SLURM = '''#!/bin/bash
 # Partition, account, GPUs, memory and time are your cluster's: change the lines that follow.
 # A job that is queued again goes on from its last checkpoint; one whose run is done ends at once.
 # When all have ended, this command makes the table and the plot:
-#   {command}
+#   cd {here} && {command}
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}
 #SBATCH --ntasks=1
@@ -235,10 +233,10 @@ def run_sweep(
     options: argparse.Namespace, # As `geoforecast.notebooks.add_run` declares them
 ) -> int: # Exit status: 1 where runs failed
     "Run a sweep, or write the script that does."
-    if options.score and not score_key(options.score): check_choice('score', options.score, [*SCORE_KEYS, *(f'{k}_5' for k in FAMILIES)])
+    sweep = plan_sweep(options.notebook, options.sweep, options.parameter, options.name, options.output_dir)
+    if options.score: _check_score(options.score)
     for one, other in (('slurm', 'scheduler'), ('slurm', 'jobs'), ('scheduler', 'jobs')):
         if getattr(options, one) and getattr(options, other): raise ConfigError(f'--{one} and --{other} exclude each other; leave one out')
-    sweep = plan_sweep(options.notebook, options.sweep, options.parameter, options.name, options.output_dir)
     if options.slurm:
         print(f'{shown(write_slurm(sweep, options.slurm))}: {len(sweep.plans)} runs; submit with sbatch, and make the table with\n{sweep.command}')
         return 0
@@ -246,9 +244,18 @@ def run_sweep(
         log.where = 'running'
         carry_out_sweep(sweep, log, options.jobs or 1, options.scheduler)
         log.where = ''
-        results = gather(sweep.plans, sweep.swept, options.score)
-        print(f'\n{results}\n', *map(shown, write_results(results, sweep.folder)), sep='\n')
-        failed = [r for r in results.runs if r['status'] != 'done']
-        for run in failed: print(f"{shown(sweep.folder/run['name'])}: {run['status']}, {run['error']}".removesuffix(', '), file=sys.stderr)
-        if failed: print(f'error: {len(failed)} of {len(results.runs)} runs are not done; the same command goes on with them and keeps the others', file=sys.stderr)
+        return _show(sweep, options.score)
+
+def _check_score(score):
+    from geoforecast.learn.metrics import FAMILIES, SCORE_KEYS, score_key
+    if not score_key(score): check_choice('score', score, [*SCORE_KEYS, *(f'{k}_5' for k in FAMILIES)])
+
+def _show(sweep, score):
+    "Print and write what a sweep has found; 1 where runs are not done."
+    from geoforecast.sweep_scores import gather, write_results
+    found = gather(sweep.plans, sweep.swept, score)
+    print(f'\n{found}\n', *map(shown, write_results(found, sweep.folder)), sep='\n')
+    failed = [r for r in found.runs if r['status'] != 'done']
+    for run in failed: print(f"{shown(sweep.folder/run['name'])}: {run['status']}, {run['error']}".removesuffix(', '), file=sys.stderr)
+    if failed: print(f'error: {len(failed)} of {len(found.runs)} runs are not done; the same command goes on with them and keeps the others', file=sys.stderr)
     return int(bool(failed))
