@@ -168,11 +168,11 @@ def names() -> dict[str, list[str]]:
 def link_names(text: str, own: str = "") -> str:
     "Turn public names in backticks, outside blocks of code, into links to the reference; those of the module `own` go first."
     def mend(span):
-        found = names().get(span[1].removesuffix("()"), [])
+        found = names().get(span[1], [])
         module = own if own in found else found[0] if len(found) == 1 else ""
-        return f"{{py:obj}}`{span[1]} <{module}.{span[1].removesuffix('()')}>`" if module else span[0]
+        return f"{{py:obj}}`{span[1]}{span[2]} <{module}.{span[1]}>`" if module else span[0]
     blocks = re.split(r"(^```(?!`).*?^```$)", text, flags=re.M | re.S)
-    return "".join(b if re.match("```[^`]", b) else re.sub(r"(?<![`\[}])`(\w+(?:\(\))?)`(?![`\]])", mend, b) for b in blocks)
+    return "".join(b if re.match("```[^`]", b) else re.sub(r"(?<![`\[}])`(\w+)((?:\([^`<>\n]*\))?)`(?![`\]])", mend, b) for b in blocks)
 
 
 def text_of(value) -> str:
