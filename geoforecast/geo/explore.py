@@ -204,9 +204,10 @@ def play_button(
     interval: int = 500, # Milliseconds a step
 ) -> widgets.Play:
     "Make a button that plays a slider."
-    play = widgets.Play(min=slider.min, max=slider.max, step=slider.step, interval=interval, description='play')
-    for name in ('min', 'max'): widgets.jslink((slider, name), (play, name))
-    widgets.jslink((play, 'value'), (slider, 'value'))
+    play = widgets.Play(min=slider.min, max=slider.max, value=slider.value, step=slider.step, interval=interval, description='play')
+    for name in ('min', 'max'): widgets.dlink((slider, name), (play, name))
+    play.observe(lambda change: setattr(slider, 'value', change.new), 'value')
+    slider.observe(lambda change: play.playing or setattr(play, 'value', change.new), 'value')
     return play
 
 # %% ../../nbs/geo/04_explore.ipynb #698d079b
