@@ -233,7 +233,7 @@ def draw_spectra(
     ticks = [w for w in (2, 3, 4, 6, 8, 16, 32, 64, 128) if w <= max(counts.wavelengths, default=0)]
     ax.set(xscale='log', yscale='log', xlabel='wavelength (cells)', ylabel='variance (mm²)', title='Spectrum')
     ax.set_xticks(ticks, labels=map(str, ticks)); ax.minorticks_off(); ax.invert_xaxis()
-    ax.legend(fontsize=7, ncols=2, loc='center left', bbox_to_anchor=(0, .4))
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 # %% ../../nbs/precipitation/15_evaluation.ipynb #ca289190

@@ -184,7 +184,7 @@ def draw_pseudo_labels(
             found = [(r['step'], r[key]) for r in metrics if key in r]
             ax.plot([s for s, _ in found], [v for _, v in found], color=color, label=name)
         ax.set(xlabel='step', ylabel='loss', title='Loss')
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #fa434b29
