@@ -47,7 +47,7 @@ class SweepScores:
     score: str # Key that is compared
     swept: dict[str, list] # Name to values
     runs: list[dict] # name, status, error, duration, parameters, test, validation
-    baselines: list[dict] # Rows of scores, with the parameters of the run where they differ between runs
+    baselines: list[dict] # Rows of scores, with the parameters that make a difference to them
 
     @property
     def seeds(self) -> bool: "Whether one of several parameters is the seed."; return 'seed' in self.swept and len(self.swept) > 1
@@ -75,11 +75,16 @@ def _status(plan):
     return dict(name=plan.name, status=facts.get('status', 'not started'), error=facts.get('error', ''), duration=facts.get('duration', ''))
 
 def _merged(rows, score, swept):
+    "Rows of baselines, without the parameters that make no difference to them."
     merged = []
-    for model in dict.fromkeys(r['model'] for r in rows):
-        own = [r for r in rows if r['model'] == model]
-        alike = len({f'{r[score]:.3f}' for r in own}) == 1
-        merged += [{k: v for k, v in own[0].items() if k not in swept}] if alike else own
+    for own in ([r for r in rows if r['model'] == model] for model in dict.fromkeys(r['model'] for r in rows)):
+        keys = list(swept)
+        for key in swept:
+            others, groups = [k for k in keys if k != key], {}
+            for r in own: groups.setdefault(json.dumps([r[k] for k in others]), set()).add(f'{r[score]:.3f}')
+            if all(len(scores) == 1 for scores in groups.values()): keys = others
+        first = {json.dumps([r[k] for k in keys]): r for r in reversed(own)}
+        merged += [{k: v for k, v in r.items() if k in keys or k not in swept} for r in reversed(first.values())]
     return merged
 
 # %% ../nbs/sweep_scores.ipynb #f42f1c7b
@@ -132,8 +137,9 @@ def draw(self: SweepScores,
     for i, (label, points) in enumerate(lines.items()):
         places = [(values[p] if number else p + .08*(i - (len(lines) - 1)/2), row) for p, row in points]
         _draw_line(ax, places, self.score, number, self.seeds, color=COLORS[i % len(COLORS)], label=label)
-    for i, row in enumerate(r for r in self.baselines if not set(self.swept) & set(r)):
-        ax.axhline(row[self.score], color=str(.2 + .15*(i % 4)), ls=('--', ':', '-.')[i % 3], lw=1, label=row['model'])
+    flat = pd.DataFrame([dict(model=r['model'], score=r[self.score]) for r in self.baselines if set(self.swept) & set(r) <= {'seed'}], columns=['model', 'score'])
+    for i, (model, score) in enumerate(flat.groupby('model', sort=False).score.mean().items()):
+        ax.axhline(score, color=str(.2 + .15*(i % 4)), ls=('--', ':', '-.')[i % 3], lw=1, label=model)
     self._dress(ax, x, values if number else range(len(values)))
     return ax
 
