@@ -133,7 +133,9 @@ def page(path: str) -> dict:
     if module := module_of(path):
         up = os.path.relpath("reference", os.path.dirname(place(path)))
         cells[0]["source"] += f"\n\nIn the library: [`{module}`]({up}/{module}.md)"
-    if path == "nbs/index.ipynb": cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})
+    if path == "nbs/index.ipynb":
+        cells[0]["source"] = cells[0]["source"].replace("# geoforecast", "# Notebooks", 1)
+        cells.append({"cell_type": "markdown", "id": "contents", "metadata": {}, "source": contents()})
     return read(path) | {"cells": [c for c in cells if c]}
 
 
