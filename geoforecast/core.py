@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHATTER', 'GeoforecastError', 'DataError', 'ConfigError', 'BundleError', 'nearest', 'check_choice', 'require',
-           'project_root', 'seed_everything', 'quiet_libraries', 'atomic_path', 'exclusive', 'made_once', 'write_json']
+           'project_root', 'seed_everything', 'quiet_libraries', 'atomic_path', 'exclusive', 'made_once', 'write_json',
+           'html_table']
 
 # %% ../nbs/core.ipynb #47d1f208
 import difflib
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from html import escape
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Iterable, Iterator
@@ -150,3 +152,16 @@ def _plain(v):
     if hasattr(v, 'tolist'): return _plain(v.tolist())
     if isinstance(v, float) and (v != v or v in (float('inf'), float('-inf'))): return None
     return v if isinstance(v, (bool, int, float, str, type(None))) else str(v)
+
+# %% ../nbs/core.ipynb #198010d0
+def html_table(
+    rows: dict | list, # Name to value, or rows of cells of which the first is the header
+    caption: str = '', # Above the table
+) -> str:
+    "Arrange facts as a table to show in a notebook, every text escaped."
+    lines = [['', ''], *rows.items()] if isinstance(rows, dict) else rows
+    def cell(i, j, value):
+        tag = 'th' if i == 0 or j == 0 else 'td'
+        return f"<{tag} style='text-align:left'>{escape(str(value))}</{tag}>"
+    body = ''.join(f"<tr>{''.join(cell(i, j, v) for j, v in enumerate(line))}</tr>" for i, line in enumerate(lines) if any(map(str, line)))
+    return f"<table>{f'<caption>{escape(caption)}</caption>' if caption else ''}{body}</table>"

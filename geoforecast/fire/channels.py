@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import ConfigError, DataError, check_choice, nearest
+from ..core import ConfigError, DataError, check_choice, html_table, nearest
 from .features import REACH, fire_density, front_distance, progression_rate, relative_hour, wind_toward_front
 
 # %% ../../nbs/fire/01_channels.ipynb #f462de52
@@ -294,3 +294,14 @@ def _derive(self: FireInputs, out, raw, names):
             'relative_hour': lambda: relative_hour(hour)}
     for i, name in enumerate(names): out[:, :, i] = make[name]()
     return out.nan_to_num_(nan=0.)
+
+# %% ../../nbs/fire/01_channels.ipynb #ae6ecbba
+@patch
+def _repr_html_(self: FireInputs):
+    rows = [['', 'channel', 'made of', 'unit', 'step', 'mean', 'standard deviation']]
+    for i, c in enumerate(_table[name] for name in self.channels):
+        bands = _bands_of(c)
+        scale = [f'{v[c.number]:.4g}' for v in (self.mean, self.std)] if c.operation in ('z', 'hour') else ['', '']
+        if c.operation == 'class' and rows[-1][4] == 'class': rows[-1][:2] = [f"{str(rows[-1][0]).split(' ')[0]} to {i}", f"{rows[-1][1].split(' ')[0]} to {c.number}"]
+        else: rows.append([i, c.name, ', '.join(bands), BANDS[BAND[bands[0]]].unit if len(bands) == 1 else '', c.operation, *scale])
+    return html_table(rows, f'{self.output_dim} channels, protocol {self.protocol}')

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, html_table
 from .channels import BAND, BANDS, FireInputs, Statistics, select_channels
 from .coverage import Coverage
 from .protocols import center_slices, class_weight, flip_and_turn, fold_years, protocol_name as named, rules_of, seek_fire
@@ -322,5 +322,4 @@ def predict_dataloader(self: FireDataModule) -> DataLoader:
 @patch
 def _repr_html_(self: FireDataModule):
     rows = {p: (len(w), len({x.fire for x in w}), sorted({str(target_date(x, self.fires)) for x in w})) for p, w in self.windows.items()}
-    cells = ''.join(f'<tr><th>{p}</th><td>{n}</td><td>{f}</td><td>{d[0]} … {d[-1]}</td></tr>' for p, (n, f, d) in rows.items())
-    return f'<table><caption>protocol {self.protocol_name}</caption><tr><th></th><th>windows</th><th>fires</th><th>target days</th></tr>{cells}</table>'
+    return html_table([['', 'windows', 'fires', 'target days'], *([p, n, f, f'{d[0]} … {d[-1]}'] for p, (n, f, d) in rows.items())], f'protocol {self.protocol_name}')

@@ -10,7 +10,6 @@ __all__ = ['STORED', 'DTYPES', 'COMPRESSIONS', 'write_fire', 'grid_center', 'che
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import Iterable
 
@@ -21,7 +20,7 @@ import xarray as xr
 from fastcore.basics import patch
 from rasterio.crs import CRS
 
-from ..core import ConfigError, DataError, atomic_path, check_choice
+from ..core import ConfigError, DataError, atomic_path, check_choice, html_table
 from .channels import BAND, BANDS, PROTOCOLS
 from ..geo.grid import Grid, utm_crs
 from ..geo.io import georeference
@@ -259,7 +258,7 @@ def _repr_html_(self: Fire):
     rows = {'fire': f'{self.name} ({self.year})', 'days': f'{len(self)}, {self.dates[0]} to {self.dates[-1]}, {missing.sum()} missing',
             'fire pixels': f'{burning.sum():,} in all, {burning.max():,} on {self.dates[burning.argmax()]}',
             'file': f"{self.path.name}, {'one block' if self.offset is not None else 'chunked'}"}
-    return '<table>' + ''.join(f"<tr><th style='text-align:left'>{k}</th><td>{escape(v)}</td></tr>" for k, v in rows.items()) + '</table>' + self.grid._repr_html_()
+    return html_table(rows) + self.grid._repr_html_()
 
 # %% ../../nbs/fire/03_wsts.ipynb #4f77244a
 def find_fires(

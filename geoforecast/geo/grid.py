@@ -8,11 +8,10 @@ __all__ = ['wrap_longitude', 'shift_longitudes', 'center_lonlat', 'utm_crs', 'Gr
 # %% ../../nbs/geo/01_grid.ipynb #09d9d5f9
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from html import escape
 import numpy as np
 from fastcore.basics import patch
 from pyproj import CRS, Geod, Transformer
-from ..core import DataError
+from ..core import DataError, html_table
 
 # %% ../../nbs/geo/01_grid.ipynb #ad9bbaa1
 def wrap_longitude(
@@ -253,4 +252,4 @@ def _repr_html_(self:Grid):
     rows = {'CRS': name, 'size': f"{self.height} rows x {self.width} columns", 'cell': f"{self.transform[0]:g} x {abs(self.transform[4]):g} {unit}",
             'longitude': f"{west:.3f} to {east:.3f}", 'latitude': f"{south:.3f} to {north:.3f}",
             'position': 'approximate: guessed, not read' if self.approximate else 'as given'}
-    return '<table>' + ''.join(f"<tr><th style='text-align:left'>{k}</th><td>{escape(v)}</td></tr>" for k, v in rows.items()) + '</table>'
+    return html_table(rows)

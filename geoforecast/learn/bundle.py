@@ -8,7 +8,6 @@ __all__ = ['CARD_COLUMNS', 'check_classes', 'save_bundle', 'model_card', 'Bundle
 # %% ../../nbs/learn/09_bundle.ipynb #5619f391
 import copy
 import hashlib
-import html
 import json
 import re
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import BundleError, atomic_path, write_json
+from ..core import BundleError, atomic_path, html_table, write_json
 from .ensemble import Ensemble, label
 from .forecaster import Forecaster
 from .metrics import PARTS, score_key, score_table
@@ -169,8 +168,7 @@ class Bundle:
     def _repr_html_(self):
         facts = {k: v for k, v in self.metadata.items() if not isinstance(v, (dict, list))}
         rows = [r for r in self.scores if not set(PARTS) & set(r)]
-        table = '<table>' + ''.join(f"<tr><th style='text-align:left'>{k}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items()) + '</table>'
-        return table + (score_table(rows)._repr_html_() if rows else '')
+        return html_table(facts) + (score_table(rows)._repr_html_() if rows else '')
 
 def load_bundle(
     folder: str | Path, # As `save_bundle` wrote it

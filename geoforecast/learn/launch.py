@@ -6,7 +6,6 @@
 __all__ = ['LOGGERS', 'HDF5_ONLY', 'run_folder', 'Patience', 'direction_of', 'loggers_of', 'ForecastCLI', 'Run', 'launch']
 
 # %% ../../nbs/learn/07_launch.ipynb #d139317e
-import html
 import logging
 import os
 import re
@@ -27,7 +26,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
-from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, project_root, quiet_libraries, require
+from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, html_table, project_root, quiet_libraries, require
 from .callbacks import EpochReport, LatestCheckpoint, read_metrics
 from .configuration import RunOptions, compose
 from .forecaster import Forecaster
@@ -144,7 +143,7 @@ class Run:
     def _repr_html_(self):
         count = sum(p.numel() for n in self.networks for p in n.parameters())
         rows = dict(folder=self.folder.name, network=f'{type(self.networks[0]).__name__} x {len(self.networks)}, {count:,} parameters'.replace(' x 1,', ','), epochs=len(self.metrics), best=self.best_path and self.best_path.name)
-        return '<table>' + ''.join(f'<tr><th>{k}</th><td>{html.escape(str(v))}</td></tr>' for k, v in rows.items()) + '</table>'
+        return html_table(rows)
 
 # %% ../../nbs/learn/07_launch.ipynb #48738af7
 def _checkpoint(path):

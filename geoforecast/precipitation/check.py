@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from ..core import DataError
+from ..core import DataError, html_table
 from .atmosphere import find_axis, open_atmosphere, open_sources
 from .channels import LEVELS, RAIN, TABLE, VARIABLES, channels_of, find_variable
 from .moisture import time_step
@@ -44,8 +44,7 @@ class Findings:
     def __str__(self): return '\n'.join([*(f'{k:11} {line}' for k, line in self._rows()), self.answer])
 
     def _repr_html_(self):
-        rows = ''.join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{escape(line)}</td></tr>" for k, line in self._rows())
-        return f'<table>{rows}</table><p><b>{escape(self.answer)}</b></p>'
+        return f'{html_table([["", ""], *self._rows()])}<p><b>{escape(self.answer)}</b></p>'
 
 # %% ../../nbs/precipitation/18_check.ipynb #82cc2ecd
 def describe_variables(

@@ -11,7 +11,6 @@ import math
 import mmap
 import warnings
 import weakref
-from html import escape
 from pathlib import Path
 
 import lightning as L
@@ -23,7 +22,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import ConfigError, DataError, atomic_path
+from ..core import ConfigError, DataError, atomic_path, html_table
 from ..learn.forecaster import Batch, StepSampler
 from .atmosphere import open_atmosphere
 from .channels import channels_of
@@ -254,10 +253,10 @@ def target_times(self: PrecipitationDataModule,
 # %% ../../nbs/precipitation/08_data.ipynb #923c94b2
 @patch
 def _repr_html_(self: PrecipitationDataModule):
-    cells = ''.join(f'<tr><th>{p}</th><td>{len(w)}</td><td>{str(self.target_times(p)[0])[:10]} … {str(self.target_times(p)[-1])[:10]}</td></tr>' for p, w in self.windows.items())
+    rows = [[p, len(w), f'{str(self.target_times(p)[0])[:10]} … {str(self.target_times(p)[-1])[:10]}'] for p, w in self.windows.items()]
     grid = f'{len(self.lat)} x {len(self.lon)} points' + (f' and {self.upstream_columns} columns upstream' if self.upstream_columns else '')
     caption = f"{len(self.channels)} channels, {grid}, steps of {pd.Timedelta(self.step)/pd.Timedelta('1h'):g} hours, {self.dropped} windows lost to gaps"
-    return f'<table><caption>{escape(caption)}</caption><tr><th></th><th>windows</th><th>target times</th></tr>{cells}</table>'
+    return html_table([['', 'windows', 'target times'], *rows], caption)
 
 # %% ../../nbs/precipitation/08_data.ipynb #d9f55258
 @patch

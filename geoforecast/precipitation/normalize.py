@@ -16,7 +16,7 @@ import xarray as xr
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import DataError, write_json
+from ..core import DataError, html_table, write_json
 from .channels import RAIN, TABLE, channel_names, channels_of, split_channel, stack_channels
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #b1a27023
@@ -237,3 +237,15 @@ def _filled(self: PrecipitationInputs, x):
     if self.fill == 'above':
         for channel, above in self._above: x[:, :, channel] = torch.where(x[:, :, channel].isnan(), x[:, :, above], x[:, :, channel])
     return torch.cat([x.nan_to_num(0.), missing.to(x.dtype).mean(2, keepdim=True)], 2)
+
+# %% ../../nbs/precipitation/07_normalize.ipynb #24fce892
+@patch
+def _repr_html_(self: PrecipitationInputs):
+    rows = [['variable', 'quantity', 'unit', 'levels (hPa)', 'channels']]
+    split = [split_channel(c) for c in self.channels]
+    for variable in dict.fromkeys(v for v, _ in split):
+        places = [i for i, (v, _) in enumerate(split) if v == variable]
+        levels = ', '.join(f'{split[i][1]:g}' for i in places if split[i][1] is not None)
+        about = TABLE[variable]
+        rows.append([variable, about.standard_name.replace('_', ' '), about.unit, levels, f'{places[0]} to {places[-1]}' if len(places) > 1 else places[0]])
+    return html_table(rows, f'{len(self.channels)} channels' + (f', gaps filled by {self.fill}' if self.fill else ''))

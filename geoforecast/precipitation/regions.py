@@ -8,13 +8,12 @@ __all__ = ['RegionConfig', 'select_region', 'warn_small']
 # %% ../../nbs/precipitation/04_regions.ipynb #ddb21dd3
 import inspect
 import warnings
-from html import escape
 
 import numpy as np
 import xarray as xr
 from fastcore.basics import patch, store_attr
 
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, html_table
 from ..geo.grid import wrap_longitude
 
 # %% ../../nbs/precipitation/04_regions.ipynb #d5aaa3cb
@@ -82,8 +81,8 @@ def _check_upstream(self: RegionConfig):
 @patch
 def _repr_html_(self: RegionConfig):
     boxes = {'downstream (target)': self.downstream} | ({'upstream': self.upstream} if self.include_upstream else {})
-    rows = ''.join(f'<tr><th>{escape(k)}</th><td>{s:g} … {n:g}</td><td>{w:g} … {e:g}</td></tr>' for k, (w, e, s, n) in boxes.items())
-    return f'<table><tr><th>region</th><th>latitude (°N)</th><th>longitude (°E)</th></tr>{rows}</table>'
+    rows = [[k, f'{s:g} … {n:g}', f'{w:g} … {e:g}'] for k, (w, e, s, n) in boxes.items()]
+    return html_table([['region', 'latitude (°N)', 'longitude (°E)'], *rows])
 
 # %% ../../nbs/precipitation/04_regions.ipynb #692ed09c
 def _covered(points, cell, low, high, what, span, closed=True):

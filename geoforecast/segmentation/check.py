@@ -8,12 +8,11 @@ __all__ = ['FolderDescription', 'describe_folder']
 # %% ../../nbs/segmentation/09_check.ipynb #3d37b40d
 from collections import Counter
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import DataError
+from ..core import DataError, html_table
 from .classes import IGNORE, ClassMapping
 from .splits import duplicates
 from .tiles import SUFFIXES, find_classes, mask_values, open_scene, pair_files
@@ -100,5 +99,4 @@ def __repr__(self: FolderDescription): return str(self)
 
 @patch
 def _repr_html_(self: FolderDescription):
-    rows = ''.join(f"<tr><th style='text-align:left'>{k}</th><td style='text-align:left'>{escape(text)}</td></tr>" for k, text in self.lines())
-    return f"<table>{rows}</table><p><b>{'ready' if self.ready else 'not ready'} for training</b></p>"
+    return f"{html_table([['', ''], *self.lines()])}<p><b>{'ready' if self.ready else 'not ready'} for training</b></p>"
