@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from torchmetrics import Metric
 
-from ..core import ConfigError, GeoforecastError
+from ..core import ConfigError, GeoforecastError, see
 from .callbacks import weight_average
 
 # %% ../../nbs/learn/05_forecaster.ipynb #e692769b
@@ -197,7 +197,7 @@ def training_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
 def _refuse(self: Forecaster, batch):
     times = sorted({str(np.datetime64(int(t), 's').astype('datetime64[D]')) for t in batch.time[:, -1]})
     raise GeoforecastError(f"the loss is not a finite number at step {self.global_step}, in a batch of {', '.join(times[:5])}; "
-                           "lower learning_rate or gradient_clip_val, or look for extreme values on those dates")
+                           f"lower learning_rate or gradient_clip_val, or look for extreme values on those dates{see(type(self).__module__, 'nan-loss')}")
 
 # %% ../../nbs/learn/05_forecaster.ipynb #cdd296bc
 @patch

@@ -26,7 +26,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
-from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, html_table, project_root, quiet_libraries, require
+from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, html_table, project_root, quiet_libraries, require, see
 from .callbacks import EpochReport, LatestCheckpoint, read_metrics
 from .configuration import RunOptions, compose
 from .forecaster import Forecaster
@@ -179,7 +179,7 @@ def fit(self: Run) -> Run: # itself, with the best weights loaded
     try: self.trainer.fit(self.forecaster, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
     except torch.cuda.OutOfMemoryError as e:
         raise ConfigError('the GPU ran out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches), data.crop_size or hidden_dims, '
-                          'or set trainer.precision to bf16-mixed') from e
+                          f"or set trainer.precision to bf16-mixed{see(self.config['model']['class_path'], 'out-of-memory')}") from e
     except SystemExit as e: raise KeyboardInterrupt from e # Lightning's way of ending on Ctrl-C
     self.forecaster.eval()
     return self.load(self.best_path) if self.best_path else self

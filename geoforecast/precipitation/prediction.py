@@ -20,7 +20,7 @@ import xarray as xr
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
-from ..core import BundleError, ConfigError, DataError, write_json
+from ..core import BundleError, ConfigError, DataError, see, write_json
 from ..geo.grid import Grid
 from ..geo.io import georeference, grid_of, write_netcdf
 from ..geo.maps import RAIN, add_colorbar, draw_box, draw_coastlines, draw_field, map_axes, save_figure
@@ -123,7 +123,7 @@ def _fields(model, raw, time):
     try:
         rain, members = model(raw, time)[:, 0], distribution(model, raw, MEMBERS)
     except torch.OutOfMemoryError as e:
-        raise ConfigError(f'{model.device} ran out of memory on {len(raw)} windows of {tuple(raw.shape[1:])}; lower batch_size, coarsen the data, take a smaller region or forecast on the cpu') from e
+        raise ConfigError(f"{model.device} ran out of memory on {len(raw)} windows of {tuple(raw.shape[1:])}; lower batch_size, coarsen the data, take a smaller region or forecast on the cpu{see('precipitation', 'out-of-memory')}") from e
     levels = torch.tensor(QUANTILES, device=raw.device)
     spread = None if members is None or members.shape[1] < 2*len(QUANTILES) else members.float().quantile(levels, dim=1).cpu().numpy()
     return rain.float().cpu().numpy(), spread

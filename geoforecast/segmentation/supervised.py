@@ -13,7 +13,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import ConfigError, GeoforecastError
+from ..core import ConfigError, GeoforecastError, see
 from ..learn.forecaster import Forecaster, Schedule, learning_rate_factor
 from .augment import Strong, Weak
 from .classes import IGNORE
@@ -108,7 +108,7 @@ def setup(self: Learner, stage: str):
     if data is None: return # trained on loaders alone, with statistics set by hand
     if data.num_classes != self.num_classes: raise ConfigError(f'the data have {data.num_classes} classes and the model {self.num_classes}; set num_classes to the same for both')
     if stage == 'fit' and self.needs_unlabelled and not (data.tiles['unlabelled'] and data.unlabelled_batch_size):
-        raise ConfigError(f'{type(self).__name__} learns from unlabelled images, and there are none; add images without a mask, lower labelled_share, set unlabelled_batch_size above 0, or take segmentation/supervised')
+        raise ConfigError(f"{type(self).__name__} learns from unlabelled images, and there are none; add images without a mask, lower labelled_share, set unlabelled_batch_size above 0, or take segmentation/supervised{see('segmentation', 'no-pseudo-labels')}")
     self.mapping = data.mapping
     self.inputs.set_statistics(data.statistics)
     for scores in (self.train_metrics, self.val_metrics, self.test_metrics): scores.background, scores.classes = data.mapping.background, data.train_classes
@@ -267,7 +267,7 @@ def _main_optimizer(self: Learner):
 def _refuse(self: Learner, batch):
     tiles = self.trainer.datamodule and self.trainer.datamodule.tiles['train']
     names = ', '.join(tiles[i].name for i in batch.sample.tolist()[:5]) if tiles else f'samples {batch.sample.tolist()[:5]}'
-    raise GeoforecastError(f'the loss is not a finite number at step {self.step}, in a batch of {names}; lower learning_rate or gradient_clip, or look for extreme values in those tiles')
+    raise GeoforecastError(f"the loss is not a finite number at step {self.step}, in a batch of {names}; lower learning_rate or gradient_clip, or look for extreme values in those tiles{see('segmentation', 'nan-loss')}")
 
 # %% ../../nbs/segmentation/14_supervised.ipynb #f7b4dae4
 @patch
