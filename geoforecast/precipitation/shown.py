@@ -91,13 +91,13 @@ def bundle_forecasts(
     return Forecasts(label(model), ahead*step, ds.lat.values, target, atmosphere.time.values[-1] + ahead*step, make)
 
 # %% ../../nbs/precipitation/22_shown.ipynb #6df384f2
-def _cells(path):
-    "Read the rain of a file, with lat and lon ascending."
+def _cells(path, name='precipitation'):
+    "Read forecasts of a file, with lat and lon ascending; None for what it does not hold beside them."
     ds = read_netcdf(path)
     if 'precipitation' not in ds or 'forecast_reference_time' not in ds.coords:
         raise DataError(f'{path} holds no forecasts: it has no precipitation with a forecast_reference_time; give a predictions.nc')
     y, x = spatial_dims(ds)
-    return ds.precipitation.load().rename({y: 'lat', x: 'lon'}).sortby(['lat', 'lon'])
+    return ds[name].load().rename({y: 'lat', x: 'lon'}).sortby(['lat', 'lon']) if name in ds else None
 
 def _same_cells(rain, other): return all(a.shape == b.shape and np.allclose(a, b, atol=1e-3) for a, b in ((rain[k].values, other[k].values) for k in ('lat', 'lon')))
 
@@ -177,28 +177,28 @@ def _predictions(path):
     return path/'predictions.nc' if path.is_dir() else path
 
 def _pair(paths, truth):
-    "Read two forecasts and the truth on common times and cells."
-    first, second = (by_valid_time(_cells(_predictions(p))) for p in paths)
+    "Squared error of the second forecast less that of the first, and both with the truth; that of the first file, or of the data."
+    files = [_predictions(p) for p in paths]
+    first, second = (by_valid_time(_cells(p)) for p in files)
     lead = min(set(first) & set(second), default=None)
     if lead is None: raise DataError(f'{paths[0]} and {paths[1]} have no lead in common; compare forecasts that look equally far ahead')
-    a = first[lead]
-    return common_fields(a, second[lead], on_cells(truth, a.lat.values, a.lon.values))
+    one, seen = first[lead], _cells(files[0], 'observed')
+    a, b, t = common_fields(one, second[lead], on_cells(truth, one.lat.values, one.lon.values) if seen is None else by_valid_time(seen)[lead])
+    return (b - t)**2 - (a - t)**2, (a, b, t)
 
 def read_gains(
     paths: list[str | Path], # An experiment's folder or its comparison.nc, or two predictions.nc or runs with one
-    truth: xr.DataArray, # (time, lat, lon), rain that fell
+    truth: xr.DataArray, # (time, lat, lon), rain that fell, where the files do not hold it
 ) -> Gains:
     "Read a comparison, or compare two forecasts; raise `DataError` for what is neither."
     paths = [Path(p) for p in paths]
     if len(paths) > 2: raise DataError(f'a comparison has two forecasts, not {len(paths)}; give an experiment, or two predictions.nc with a comma between')
     if len(paths) == 2:
-        a, b, t = _pair(paths, truth)
-        return Gains(tuple(_predictions(p).parent.name for p in paths), gain_map(a, b, t), (b - t)**2 - (a - t)**2)
+        each, fields = _pair(paths, truth)
+        return Gains(tuple(_predictions(p).resolve().parent.name for p in paths), gain_map(*fields), each)
     found = paths[0]/'comparison.nc' if paths[0].is_dir() else paths[0]
     if not found.is_file(): raise DataError(f'{found} does not exist; geoforecast run upstream --name NAME makes one')
     gain, about, models = read_netcdf(found).load(), found.with_name('comparison.json'), [found.parent/n/'predictions.nc' for n in ('with_upstream', 'without')]
     if 'rmse_gain' not in gain or 'better' not in gain: raise DataError(f'{found} is no comparison: it has no rmse_gain; give the comparison.nc of geoforecast run upstream')
     names = tuple(json.loads(about.read_text(encoding='utf-8'))['names']) if about.is_file() else ('with upstream', 'without')
-    if not all(p.is_file() for p in models): return Gains(names, gain)
-    a, b, t = _pair(models, truth)
-    return Gains(names, gain, (b - t)**2 - (a - t)**2)
+    return Gains(names, gain, _pair(models, truth)[0] if all(p.is_file() for p in models) else None)
