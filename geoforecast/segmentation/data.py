@@ -10,7 +10,6 @@ import copy
 import inspect
 import warnings
 from collections import defaultdict
-from html import escape
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -21,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..core import ConfigError, DataError, check_choice
+from ..core import ConfigError, DataError, check_choice, html_table
 from ..learn.forecaster import StepSampler
 from .classes import IGNORE, ClassMapping, number_classes, read_classes
 from .inputs import ImageInputs, Moments, Pixels, mean_moments, training_statistics
@@ -323,10 +322,10 @@ def predict_dataloader(self: SegmentationDataModule) -> DataLoader:
 @patch
 def _repr_html_(self: SegmentationDataModule):
     several = lambda names: ', '.join(names[:6]) + (' …' if len(names) > 6 else '')
-    row = lambda part, tiles: f"<tr><th>{part}</th><td>{len(tiles)}</td><td style='text-align:left'>{escape(several(list(dict.fromkeys(Path(t.scene.source).name for t in tiles))))}</td></tr>"
+    rows = [[part, len(tiles), several(list(dict.fromkeys(Path(t.scene.source).name for t in tiles)))] for part, tiles in self.tiles.items()]
     missing = [n for i, n in enumerate(self.mapping.names) if i not in self.train_classes]
     caption = f"{self.num_classes} classes, {len(self.channels)} bands of {self.kind['dtype']}, tiles of {self.size} pixels, validation by {self.split_by}" + (f"; without a training label: {several(missing)}" if missing else '')
-    return f'<table><caption>{escape(caption)}</caption><tr><th></th><th>tiles</th><th>from</th></tr>{"".join(row(*p) for p in self.tiles.items())}</table>'
+    return html_table([['', 'tiles', 'from'], *rows], caption)
 
 # %% ../../nbs/segmentation/11_data.ipynb #9d310d75
 def _rhythm(options, steps):

@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from ..core import ConfigError, DataError, check_choice
+from ..core import ConfigError, DataError, check_choice, html_table
 from .classes import IGNORE, ClassMapping
 from .tiles import Scene, Tile, clip_window
 
@@ -126,6 +126,13 @@ def forward(self: ImageInputs,
 ) -> Tensor: # (B, C, H, W)
     "Scale and normalise."
     return self.normalised(self.scaled(raw))
+
+# %% ../../nbs/segmentation/10_inputs.ipynb #74ca0db8
+@patch
+def _repr_html_(self: ImageInputs):
+    numbers = zip(self.low.tolist(), self.high.tolist(), self.mean.tolist(), self.std.tolist())
+    rows = [[band, f'{low:g} to {high:g}', f'{mean:.3f}', f'{std:.3f}'] for band, (low, high, mean, std) in zip(self.channels, numbers)]
+    return html_table([['band', 'from 0 to 1', 'mean', 'standard deviation'], *rows], f"{DTYPES[self.dtype_code]}, normalised by {self.normalisation}")
 
 # %% ../../nbs/segmentation/10_inputs.ipynb #c85a2706
 class Moments(NamedTuple):
