@@ -247,7 +247,7 @@ class FireFigure:
         self.place, self.history = Place(fire.grid, self.maps[0]), below.subplots()
         self._zoom(); self._draw_observed(); self._draw_forecast(); self._draw_history()
         for ax in (*self.maps, self.history): ax.set_title('its room', fontsize=9)
-        above.legend(handles=self._legend(), loc='outside upper center', ncols=6, fontsize=8, frameon=False)
+        above.legend(handles=self._legend(), loc='outside upper left', ncols=6, fontsize=8, frameon=False, handlelength=1.5, columnspacing=1.2)
         fig.draw_without_rendering()
         fig.set_layout_engine('none')
 
@@ -259,8 +259,8 @@ class FireFigure:
     def _line(self, ax, color, width=.8): return ax.plot([], [], color=color, linewidth=width)[0]
 
     def _legend(self):
-        lines = [plt.Line2D([], [], color=c, label=n) for c, n in ((NEXT_DAY, 'burns on the next day'), (PREDICTED, 'forecast to burn'))]
-        return [Patch(color=FIRE(1.), label='burns on the shown day'), *lines, *(Patch(color=c, label=n) for n, c in OUTCOMES.items())]
+        lines = [plt.Line2D([], [], color=c, label=n) for c, n in ((NEXT_DAY, 'on the next day'), (PREDICTED, 'forecast to burn'))]
+        return [Patch(color=FIRE(1.), label='burns on the day'), *lines, *(Patch(color=c, label=n) for n, c in OUTCOMES.items())]
 
 # %% ../../nbs/fire/25_explorer.ipynb #f33ed44e
 @patch
@@ -463,7 +463,7 @@ class FireExplorer(Explorer):
         controls = fire_controls(list(self.paths), [*BASELINES, *(n for n in self.bundles if n not in BASELINES)])
         controls['model'].value = next(iter(self.bundles), 'blur')
         self.controls, self.canvas = controls, live_canvas(plt.figure(figsize=(10, 6.2), dpi=96))
-        self.layers, self.facts, self.table, self.held = Layers(self.canvas), widgets.HTML(), widgets.HTML(), False
+        self.layers, self.held, self.table, self.facts = Layers(self.canvas), False, widgets.HTML(), widgets.HTML(layout=widgets.Layout(width='440px'))
         self._open()
         controls['fire'].observe(lambda _: self._open(), 'value')
         every = widgets.Button(description='forecast all days', icon='forward', tooltip='make the forecasts of all days, for the history of a cell')
@@ -601,7 +601,7 @@ def _score(self: FireExplorer, outcomes, day, after):
     def cells(part): return ''.join(f'<td style="text-align:right;padding:0 8px">{_number(k, parts.get(part, {}).get(k))}</td>' for k in SHOWN)
     head = ''.join(f'<th style="padding:0 8px">{name}</th>' for name in SHOWN.values())
     names = {'all': 'all cells', 'growth': 'growth only'}
-    self.table.value = f'<table class="scores"><tr><th></th>{head}</tr>' + ''.join(f'<tr><th style="text-align:left">{n}</th>{cells(p)}</tr>' for p, n in names.items()) + '</table>'
+    self.table.value = f'<table class="scores" style="line-height:1.3"><tr><th></th>{head}</tr>' + ''.join(f'<tr><th style="text-align:left">{n}</th>{cells(p)}</tr>' for p, n in names.items()) + '</table>'
 
 def _number(key, value):
     if value is None or np.isnan(value): return '–'
@@ -617,4 +617,4 @@ def _describe(self: FireExplorer):
              f"the file has no {' and no '.join(lacks)}" if lacks else '', 'its position is approximate' if grid.approximate else '',
              f'best threshold on the validation days: {best:.2f}' if best is not None else '',
              '' if self.bundles else 'no trained model in outputs/fire: `geoforecast run fire --name mine` makes one']
-    self.facts.value = '<div style="margin-left:16px;line-height:1.35">' + '<br>'.join(escape(f) for f in facts if f) + '</div>'
+    self.facts.value = '<div style="line-height:1.4">' + '<br>'.join(escape(f) for f in facts if f) + '</div>'
