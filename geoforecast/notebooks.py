@@ -37,8 +37,8 @@ def add_run(
         run fire --name creek -p data=data/creek2020.hdf5 -p val_start_date=2020-10-01 -p test_start_date=2020-10-10
         run fire -p preset=full -p hidden_dims='[32, 64, 128]' -p learning_rate=1e-3
         run fire --sweep learning_rate=1e-3,3e-3 seed=0,1,2 --jobs 2
-        run fire --name widths --sweep hidden_dims=[16,32],[32,64] seed=0,1 --scheduler tcp://10.0.0.5:8786
-        run fire --name widths --sweep hidden_dims=[16,32],[32,64] seed=0,1 --slurm widths.sh""")
+        run fire --name widths --sweep 'hidden_dims=[16,32],[32,64]' seed=0,1 --scheduler tcp://10.0.0.5:8786
+        run fire --name widths --sweep 'hidden_dims=[16,32],[32,64]' seed=0,1 --slurm widths.sh""")
     parser.add_argument('notebook', metavar='TASK', help='a notebook of nbs/runs, such as fire, or the path of any notebook')
     parser.add_argument('--name', help="the run's name, and that of its folder outputs/TASK/NAME; the notebook's own where missing")
     parser.add_argument('--output_dir', metavar='FOLDER', help="the run's folder, where it shall lie elsewhere")
@@ -147,7 +147,7 @@ def changed_parameters(
 def _about(plan, facts):
     text = {'running': f"Started {facts['started']}. Where this page does not say how it ended, the run was stopped; this command goes on with it:",
             'done': f"Done {facts.get('ended')} after {facts.get('duration')}, with this command:"}
-    lines = [text.get(facts['status'], f"Started {facts['started']} with this command:"), f'    {plan.command}']
+    lines = [text[facts['status']], f'    {plan.command}'] if facts['status'] in text else [f"Started {facts['started']}, stopped after {facts['duration']}."]
     rows = [[(str(c) or "''").replace('|', '\\|').replace('\n', ' ') for c in row] for row in changed_parameters(plan)]
     table = ['| parameter | in this run | by default | meaning |\n|---|---|---|---|', *(f"| `{'` | `'.join(row[:3])}` | {row[3]} |" for row in rows)]
     return '\n\n'.join([*lines, '\n'.join(table) if rows else "All parameters have the notebook's own values."])

@@ -135,7 +135,7 @@ def run_words(
 
 def _end(process):
     if process.poll() is not None: return
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT if os.name == 'posix' else signal.SIGTERM)
     try: process.wait(30)
     except subprocess.TimeoutExpired: process.kill()
 

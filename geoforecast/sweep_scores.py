@@ -51,9 +51,12 @@ class SweepScores:
 
     @property
     def seeds(self) -> bool: "Whether one of several parameters is the seed."; return 'seed' in self.swept and len(self.swept) > 1
-    def __str__(self): return '\n\n'.join([str(self.table), *([self.over_seeds().to_string(index=False)] if self.seeds else []), ADVICE])
+    @property
+    def validated(self) -> bool: "Whether there is a validation to choose by."; return any(self.score in r['validation'] for r in self.runs)
+
+    def __str__(self): return '\n\n'.join([str(self.table), *([self.over_seeds().to_string(index=False)] if self.seeds else []), *[ADVICE]*self.validated])
     __repr__ = __str__
-    def _repr_html_(self): return self.table._repr_html_() + (self.over_seeds().to_html(index=False, border=0) if self.seeds else '') + f'<p>{ADVICE}</p>'
+    def _repr_html_(self): return self.table._repr_html_() + (self.over_seeds().to_html(index=False, border=0) if self.seeds else '') + f'<p>{ADVICE}</p>'*self.validated
 
 def gather(
     plans: list[Plan], # Of the runs, one or more
@@ -95,8 +98,8 @@ def table(self: SweepScores) -> ScoreTable: # A row a run, then the baselines
     "Arrange parameters and scores."
     keys, whole = ('model', 'split', self.score, f'{self.score}_lo', f'{self.score}_hi', 'n'), all(r['status'] == 'done' for r in self.runs)
     def row(parameters, scores, **more): return {k: _text(parameters[k]) if k in parameters else None for k in self.swept} | more | {k: scores[k] for k in keys if k in scores}
-    rows = [row(r['parameters'], r['test'], **({} if whole else dict(status=r['status'])), validation=f"{r['validation'].get(self.score, np.nan):.3f}".replace('nan', '-')) for r in self.runs]
-    return score_table(rows + [row(r, r) for r in self.baselines])
+    def more(r): return ({} if whole else dict(status=r['status'])) | (dict(validation=f"{r['validation'].get(self.score, np.nan):.3f}".replace('nan', '-')) if self.validated else {})
+    return score_table([row(r['parameters'], r['test'], **more(r)) for r in self.runs] + [row(r, r) for r in self.baselines])
 
 # %% ../nbs/sweep_scores.ipynb #b16db8c7
 @patch
