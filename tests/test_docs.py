@@ -90,10 +90,13 @@ def test_pictures_of_the_pages_say_what_they_show(site):
         for picture in re.findall(r"<img[^>]*>", shown): assert re.search(r'alt="[^"/]{10,}"', picture), f"{page.name}: {picture}"
 
 
-def test_troubleshooting_keeps_the_places_that_messages_name(site):
-    for task in ("fire", "precipitation", "segmentation"):
-        places = {"out-of-memory", "nan-loss", "slow", "not-learning", "overfitting", "loading"} | ({"no-pseudo-labels"} if task == "segmentation" else set())
-        assert places <= set(re.findall(r'id="([\w-]+)"', text_of(site, f"troubleshooting/{task}.html")))
+def test_troubleshooting_has_the_places_that_messages_name(site):
+    from geoforecast.segmentation.health import PLACES
+    named = {place for p in (ROOT/"geoforecast").rglob("*.py") for place in re.findall(r"\bsee\([^()]*, '([\w-]+)'\)", p.read_text(encoding="utf-8"))}
+    assert {"out-of-memory", "nan-loss", "no-pseudo-labels"} <= named
+    usual = {"out-of-memory", "nan-loss", "slow", "not-learning", "overfitting", "loading"}
+    for task, own in dict(fire=usual, precipitation=usual, segmentation=usual | named | set(PLACES.values())).items():
+        assert own <= set(re.findall(r'id="([\w-]+)"', text_of(site, f"troubleshooting/{task}.html")))
 
 
 def test_a_broken_link_is_found(tmp_path):
