@@ -8,12 +8,13 @@ EXTRAS := dev,encoders,augmentation,voila,cluster,docs
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test lab install lock
+.PHONY: help demo test lab docs install lock
 
 help:
 	@echo "make demo   train a wildfire forecast on simulated fires, score it and draw it on a map"
 	@echo "make test   run every notebook and every test"
 	@echo "make lab    open the notebooks in JupyterLab"
+	@echo "make docs   build the documentation site into _site"
 
 demo: $(STAMP)
 	$(BIN)/geoforecast run fire --name demo
@@ -23,6 +24,9 @@ test: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(LAB)
+
+docs: $(STAMP)
+	$(BIN)/python tools/build_docs.py
 
 install: $(STAMP)
 
