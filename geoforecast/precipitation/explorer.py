@@ -56,22 +56,22 @@ def _found(*patterns):
     return sorted({p.relative_to(root).as_posix() for pattern in patterns for p in root.glob(pattern)})
 
 def _path_box(description, value, options, placeholder):
-    return widgets.Combobox(value=value, options=options, placeholder=placeholder, description=description, continuous_update=False, layout=widgets.Layout(width='33%', min_width='300px'))
+    return widgets.Combobox(value=value, options=options, placeholder=placeholder, description=description, continuous_update=False, layout=widgets.Layout(width='32%'))
 
 def _controls(data, bundle, compare):
     box = dict(zip(BOX, ('south', 'north', 'west', 'east', 'upstream from', 'upstream to')))
-    narrow, wide, third = (widgets.Layout(width=w) for w in ('150px', '420px', '235px'))
+    narrow, wide, third, slim = (widgets.Layout(width=w) for w in ('170px', '420px', '215px', '250px'))
     def choice(description, options=('',), layout=third): return widgets.Dropdown(options=options, description=description, layout=layout)
     def slider(description, options=('',), layout=wide, **more): return widgets.SelectionSlider(options=options, description=description, layout=layout, **more)
     return dict(
         data=_path_box('data', data, _found('data/*.nc', 'data/*.zarr', 'data/sample/*.nc'), 'NetCDF, Zarr, GRIB or a folder'),
         bundle=_path_box('bundle', bundle, _found('outputs/precipitation/*/bundle', 'outputs/*/*/*/bundle'), 'folder, or predictions.nc'),
         compare=_path_box('comparison', compare, [p.rpartition('/')[0] for p in _found('outputs/*/*/comparison.nc')], 'experiment, or two predictions.nc with a comma'),
-        month=choice('month', layout=narrow), time=slider('time'), lead=slider('lead', layout=widgets.Layout(width='300px')),
-        variable=choice('variable'), level=slider('level', layout=widgets.Layout(width='300px')), moment=choice('map of', ('valid time', 'last input')), wind=widgets.Checkbox(True, description='wind', indent=False, layout=widgets.Layout(width='70px')),
-        forecast=choice('forecast'), threshold=slider('threshold', [(f'{v:g} mm', v) for v in THRESHOLDS_SHOWN], layout=widgets.Layout(width='300px'), value=5), gain=choice('gain', ('all times', 'shown time')),
+        month=choice('month', layout=narrow), time=slider('time'), lead=slider('lead', layout=slim),
+        variable=choice('variable'), level=slider('level', layout=slim), moment=choice('map of', ('valid time', 'last input')), wind=widgets.Checkbox(True, description='wind', indent=False, layout=widgets.Layout(width='70px')),
+        forecast=choice('forecast'), threshold=slider('threshold', [(f'{v:g} mm', v) for v in THRESHOLDS_SHOWN], layout=slim, value=5), gain=choice('gain', ('all times', 'shown time')),
         include_upstream=widgets.Checkbox(True, description='upstream', indent=False, layout=widgets.Layout(width='85px')),
-        **{name: widgets.FloatText(0, step=.5, description=word, layout=narrow if word in ('south', 'north', 'west', 'east') else widgets.Layout(width='170px'), style=dict(description_width='45px' if ' ' not in word else '90px')) for name, word in box.items()})
+        **{name: widgets.FloatText(0, step=.5, description=word, layout=widgets.Layout(width='178px' if ' ' in word else '122px'), style=dict(description_width='108px' if ' ' in word else '45px')) for name, word in box.items()})
 
 # %% ../../nbs/precipitation/21_explorer.ipynb #39d262dc
 PATHS = {'data', 'bundle', 'compare'}
@@ -154,6 +154,7 @@ def _load(self: PrecipitationExplorer, changed):
     if 'map' in self.problems: self.atmosphere = None
     self._show_notes()
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #88fbba30
 @patch
 def _read(self: PrecipitationExplorer, data, given):
     "Return atmosphere, remarks, bundle, forecasts and what could not be had."
@@ -198,6 +199,7 @@ def _adopt(self: PrecipitationExplorer):
         for name in ('include_upstream', *BOX): c[name].value = getattr(region, name)
     finally: self.held = held
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #e518eda9
 def _word(time): return str(time)[:16].replace('T', ' ')
 
 def _choose(control, options, wanted=None):
@@ -278,9 +280,9 @@ def _build(self: PrecipitationExplorer):
     self.layers.background = None
     fig.clear()
     if self.atmosphere is None: return
-    fig.set_layout_engine('constrained', h_pad=.09)
     rows = _row_heights(self.atmosphere.lat.values, self.atmosphere.lon.values, self.lat, self.lon)
-    fig.set_size_inches(10, sum(rows))
+    fig.set_size_inches(10, sum(rows) + .3)
+    fig.set_layout_engine('constrained', h_pad=.09, rect=(0, 0, 1, sum(rows)/(sum(rows) + .3))) # the rest is for the tool bar
     above, below = fig.subfigures(2, 1, height_ratios=rows)
     left, right = above.subfigures(1, 2, width_ratios=[2, 1])
     self._build_atmosphere(left)
@@ -305,6 +307,7 @@ def _layer(self, ax, *artists):
 
 def _colors(artist, ax, label): return add_colorbar(artist, ax, label, 'bottom')
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #c3d0df3b
 @patch
 def _build_atmosphere(self: PrecipitationExplorer, place):
     "Make the map of the atmosphere, with arrows and boxes."
@@ -325,6 +328,7 @@ def _build_atmosphere(self: PrecipitationExplorer, place):
     _layer(self, ax, image)
     for artist in (arrows, *lines.values(), *words.values()): self.layers.add(artist)
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #d415671f
 @patch
 def _build_rain(self: PrecipitationExplorer, place):
     "Make the maps of forecast, truth and difference."
@@ -347,6 +351,7 @@ def _build_rain(self: PrecipitationExplorer, place):
         _layer(self, ax, image, *own.values())
     self.bottom = dict(axes=axes, images=images)
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #157ba20f
 @patch
 def _build_gain(self: PrecipitationExplorer, place):
     "Make the map of where upstream helps, or say what makes it."
@@ -404,6 +409,7 @@ def _blow(self: PrecipitationExplorer, time):
     arrows.set_UVC(u, v)
     return f", wind at {s['level']:g} hPa up to {np.nanmax(np.hypot(u, v)):.0f} m/s" if np.isfinite(u).any() else ''
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #a2a8148e
 @patch
 def _show_rain(self: PrecipitationExplorer):
     "Bring the lower maps and the table of scores to the state."
@@ -462,6 +468,7 @@ def _show_region(self: PrecipitationExplorer):
     command = f"geoforecast run precipitation --name mine -p data={s['data']} {run_options(region)}"
     self.command.value = f'<p style="margin:4px 0">{escape(words)}</p><pre style="white-space:pre-wrap;margin:0">{escape(command)}</pre>'
 
+# %% ../../nbs/precipitation/21_explorer.ipynb #bf32ebeb
 @patch
 def _checked(self: PrecipitationExplorer):
     region = self.region
