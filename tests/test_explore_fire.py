@@ -13,7 +13,8 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from browser import ROOT, Figure, browser_page, free_port, notebook_page, press_slider, serve_lab, served, until
 from geoforecast.core import ConfigError
 from geoforecast.fire.channels import BAND
-from geoforecast.fire.explorer import OUTCOMES, FireExplorer, Model
+from geoforecast.fire.explorer import FireExplorer, Model
+from geoforecast.fire.picture import OUTCOMES
 from geoforecast.fire.prediction import forecast_bundle
 from geoforecast.fire.simulate import simulate_fires
 from geoforecast.fire.wsts import find_fires, open_fire
