@@ -121,7 +121,7 @@ class FireExplorer(Explorer):
         save = save_button(self, lambda: f"fire_{self.fire.path.stem}_{self.fire.dates[self.state['day']]}")
         rows = [['fire', 'model', every, save], ['channel', 'growth', 'wind', 'view'], ['day', play_button(controls['day']), 'threshold'], [self.table, self.facts]]
         super().__init__(self.canvas, controls, self.layers, rows, [widgets.HBox([controls['row'], controls['column']])])
-        self.waits = False
+        self.waits, self.message.layout.min_height = False, '28px' # or the figure would jump with every message
 
     def clicked(self, ax, x, y):
         if ax in self.figure.maps and (cell := cell_at(self.fire.grid, ax, x, y)): self.set(row=cell[0], column=cell[1])
