@@ -7,7 +7,9 @@ __all__ = ['LiveCanvas', 'live_canvas', 'Layers', 'cell_at', 'Explorer', 'play_b
 
 # %% ../../nbs/geo/04_explore.ipynb #1b7debaa
 import time
+from base64 import b64decode, b64encode
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -18,6 +20,7 @@ from fastcore.basics import patch
 from ipympl.backend_nbagg import Canvas, FigureManager
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from PIL import Image
 from traitlets import TraitError, observe
 
 from ..core import ConfigError, GeoforecastError, atomic_path, nearest, project_root
@@ -33,7 +36,15 @@ class LiveCanvas(Canvas):
 
     @observe('_data_url')
     def _complete(self, change):
-        if change.new and not change.new.startswith('data:'): self._data_url = f'data:image/png;base64,{change.new}'
+        if not change.new or change.new == getattr(self, '_stored', None): return
+        self._stored = self._data_url = _small(change.new)
+
+def _small(url):
+    "The picture as a data URL of 256 colours, a third of the bytes."
+    picture = Image.open(BytesIO(b64decode(url.rpartition(',')[2]))).convert('RGB').quantize(256, dither=Image.Dither.NONE)
+    with BytesIO() as png:
+        picture.save(png, 'png', optimize=True)
+        return f'data:image/png;base64,{b64encode(png.getvalue()).decode()}'
 
 def live_canvas(
     fig: Figure, # As `map_axes` or `plt.subplots` makes it
