@@ -32,7 +32,13 @@ class LiveCanvas(Canvas):
     "Keep the size and the last picture in the widget's state, so that a page without a kernel shows it too."
     def __init__(self, figure: Figure):
         super().__init__(figure)
-        self._size = tuple(int(v) for v in figure.bbox.size)
+        self._size, self.drawing = tuple(int(v) for v in figure.bbox.size), False
+
+    def draw(self):
+        "Draw everything and send it to the page."
+        self.drawing = True
+        try: super().draw()
+        finally: self.drawing = False
 
     @observe('_data_url')
     def _complete(self, change):
@@ -77,7 +83,7 @@ class Layers:
         return artist
 
     def _keep(self, event):
-        if self.canvas.figure.canvas.is_saving(): return # a file holds the artists already
+        if not self.canvas.drawing: return # a file is written, or a layout found
         self.background = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
         self._draw()
 
