@@ -81,7 +81,7 @@ def run(command: str, project: Path) -> str:
 
 def test_the_commands_are_the_ones_tested_here():
     assert [re.match(r"\S+ \S+", b)[0] for b in BLOCKS] == ["make demo", "make test", "source .venv/bin/activate", "geoforecast run", "geoforecast run", "geoforecast run",
-                                                            "geoforecast run", "geoforecast data", "make lab"]
+                                                            "geoforecast run", "geoforecast data", "geoforecast run", "make lab"]
 
 
 def test_make_demo(project):
@@ -134,6 +134,12 @@ def test_your_own_images_have_every_option_of_the_readme(project):
     assert re.findall(r"-p (\w+)=", BLOCKS[7]) == ["data", "test", "others", "seeds"]
     block = re.sub(r"data/my_images", str(simulated), BLOCKS[7]).replace("[scene_7]", f"[{held}]").replace("-p seeds=3", "-p seeds=1 -p preset=quick").replace("mosaic.tif", str(simulated/"images"/f"{held}.png"))
     assert "points of mIoU" in run(f"source .venv/bin/activate\n{block}", project) and list((project/"outputs"/"map").rglob("classes.tif"))
+
+
+def test_many_runs(project):
+    assert "seed=0,1,2" in BLOCKS[8]
+    printed = run(f"source .venv/bin/activate\n{BLOCKS[8].replace('seed=0,1,2', 'seed=0')}", project)
+    assert "persistence" in printed and all((project/"outputs"/"fire"/"sweep"/name).is_file() for name in ("sweep.csv", "sweep.png"))
 
 
 def free_port() -> int:
