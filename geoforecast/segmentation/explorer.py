@@ -6,7 +6,7 @@
 __all__ = ['PANELS', 'STYLE', 'OUTLINE', 'DOUBT', 'draw_panels', 'limit_axes', 'class_paint', 'segmentation_controls',
            'SegmentationExplorer']
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #0f8f723e
+# %% ../../nbs/segmentation/27_explorer.ipynb #99f750be
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -27,7 +27,7 @@ from .screen import (SHOWN, ColourModel, Maps, Model, Place, Sheet, accepted, at
 from .splits import names_of
 from .tiles import Scene, find_classes, find_scenes
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #4177547f
+# %% ../../nbs/segmentation/27_explorer.ipynb #b75d2298
 PANELS = ('image', 'mask', 'map', 'confidence', 'disagreement', 'pseudo-labels')
 
 def draw_panels(
@@ -65,7 +65,7 @@ def limit_axes(
     ax.set_xlim(left, right)
     ax.set_ylim(sorted((bottom, top)) if hasattr(ax, 'projection') else (bottom, top))
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #9652f5a9
+# %% ../../nbs/segmentation/27_explorer.ipynb #a37f4dc9
 def class_paint(
     mapping: ClassMapping,
     opacity: float = 1., # From 0 to 1
@@ -77,7 +77,7 @@ def class_paint(
     table[[*range(len(mapping))] if only is None else only, 3] = round(255*opacity)
     return table
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #116e6358
+# %% ../../nbs/segmentation/27_explorer.ipynb #c229985b
 STYLE = dict(style=dict(description_width='initial'))
 
 def _slider(value, text): return widgets.FloatSlider(value, min=0, max=1, step=.05, description=text, layout=widgets.Layout(width='230px'), **STYLE)
@@ -99,7 +99,7 @@ def segmentation_controls(
         choose=widgets.Checkbox(False, description='a click adds or removes a tile', indent=False), tile=widgets.Select(options=[('none yet', None)], description='go to tile', rows=5, layout=widgets.Layout(width='460px'), **STYLE),
         path=widgets.Text('outputs/next_tiles.csv', description='list', layout=widgets.Layout(width='300px'), **STYLE))
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #e5df7fe1
+# %% ../../nbs/segmentation/27_explorer.ipynb #e0c2a850
 class SegmentationExplorer(Explorer):
     "Look at scenes, masks and maps under one zoom; raises `DataError` where there is no image."
     shortcuts = dict(left=('scene', -1), right=('scene', 1), up=('step', 1), down=('step', -1))
@@ -139,7 +139,7 @@ class SegmentationExplorer(Explorer):
             self._show()
         self.say(self._note())
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #c3c0e1c7
+# %% ../../nbs/segmentation/27_explorer.ipynb #9a3a4e3d
 @patch
 def _load(self: SegmentationExplorer, name):
     "Open a model once."
@@ -176,7 +176,7 @@ def _open(self: SegmentationExplorer):
         self._read()
         self._offer_steps()
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #5eaad07b
+# %% ../../nbs/segmentation/27_explorer.ipynb #81bc45e0
 OUTLINE, DOUBT = dict(colors='#D55E00', linewidths=2), plt.get_cmap('magma').with_extremes(bad='.6') # grey where nobody knows
 
 @patch
@@ -202,7 +202,7 @@ def _build(self: SegmentationExplorer, new_scene):
     for name in PANELS:
         for event in ('xlim_changed', 'ylim_changed'): self.frame[name].callbacks.connect(event, self._zoomed)
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #71ea45f0
+# %% ../../nbs/segmentation/27_explorer.ipynb #2920458e
 @patch(as_prop=True)
 def window(self: SegmentationExplorer) -> tuple:
     "Rows and columns on screen, as slices."
@@ -242,7 +242,7 @@ def zoom(self: SegmentationExplorer,
     limit_axes(self.frame['image'], self.place, tuple(slice(w.start - margin, w.stop + margin) for w in window))
     self.canvas.draw()
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #68824663
+# %% ../../nbs/segmentation/27_explorer.ipynb #74db2e8a
 @patch
 def _contrast(self: SegmentationExplorer):
     "Read what the map is compared with."
@@ -284,7 +284,7 @@ def _look_back(self: SegmentationExplorer):
     self.readers |= dict(then=raster_reader(files['classes']), then_sure=raster_reader(files['confidence']))
     self._read(['then', 'then_sure'])
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #e7fa3214
+# %% ../../nbs/segmentation/27_explorer.ipynb #01059daf
 @patch
 def _show(self: SegmentationExplorer):
     "Bring panels and table to the state."
@@ -324,7 +324,7 @@ def _renew(self: SegmentationExplorer, layers, extent):
                   disagreement=self.against if self.against in MEASURES else f'differs from the {self.against}' if self.against == 'mask' else f'differs from {self.against}' if self.against else 'disagreement')
     for name, text in titles.items(): self.frame[name].set_title(text, fontsize=9)
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #2c3c7ef6
+# %% ../../nbs/segmentation/27_explorer.ipynb #82e88ea4
 @patch
 def _count(self: SegmentationExplorer):
     "Write the table and the title of the pseudo-labels."
@@ -353,7 +353,7 @@ def _note(self: SegmentationExplorer):
     if self.state['against'] == 'mask' and not self.scene.labelled and self.model: notes.append(f'{self.scene.name} has no mask: compared with is how much the model hesitates (margin)')
     return '; '.join(filter(None, notes))
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #9b8c41bb
+# %% ../../nbs/segmentation/27_explorer.ipynb #056fbb8c
 @patch
 def clicked(self: SegmentationExplorer, ax, x, y):
     "Say what is at a pixel, or put its tile on the list or off it."
@@ -367,7 +367,7 @@ def clicked(self: SegmentationExplorer, ax, x, y):
     if 'then' in at: told.append(f"step {self.state['step']}: {named(at['then'])} ({at['then_sure']:.2f})")
     self.say(', '.join(told))
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #23921ebd
+# %% ../../nbs/segmentation/27_explorer.ipynb #10632ad9
 @patch
 def propose(self: SegmentationExplorer):
     "Rank the tiles of the folder by the model shown, and take the first ones."
@@ -412,7 +412,7 @@ def _target(self: SegmentationExplorer):
     self.held = held
     return tile
 
-# %% ../../nbs/segmentation/27_explorer.ipynb #9f2f72c9
+# %% ../../nbs/segmentation/27_explorer.ipynb #2eb9dcc8
 @patch
 def _button(self: SegmentationExplorer, text, act):
     "A button whose errors are said, not raised."

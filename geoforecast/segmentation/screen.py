@@ -7,7 +7,7 @@ __all__ = ['SIDE', 'SHOWN', 'step_of', 'thinned', 'Sheet', 'Place', 'place_of', 
            'find_models', 'open_model', 'Maps', 'raster_reader', 'screen_scores', 'scores_table', 'mean_iou',
            'checkpoints_of', 'at_checkpoint', 'thresholds_of', 'accepted', 'differs']
 
-# %% ../../nbs/segmentation/26_screen.ipynb #5e30f9bb
+# %% ../../nbs/segmentation/26_screen.ipynb #7fe37648
 import copy
 from functools import partial
 from html import escape
@@ -34,7 +34,7 @@ from .selftraining import SelfTraining
 from .supervised import Learner
 from .tiles import Scene, open_raster, read_window
 
-# %% ../../nbs/segmentation/26_screen.ipynb #5150a28f
+# %% ../../nbs/segmentation/26_screen.ipynb #2f6876c0
 SIDE, SHOWN = 1500, 500 # Pixels a side that are read, and scored, at most; and that are drawn in a panel
 
 def step_of(
@@ -54,7 +54,7 @@ def thinned(
     strips = [(slice(r, min(r + high, rows.stop)), cols) for r in range(rows.start, rows.stop, high)]
     return np.concatenate([read(s)[..., step//2::step, step//2::step] for s in strips], -2)
 
-# %% ../../nbs/segmentation/26_screen.ipynb #be2df73e
+# %% ../../nbs/segmentation/26_screen.ipynb #bc84ae12
 class Sheet(NamedTuple):
     "Hold every n-th pixel of a window of a scene, in layers."
     window: tuple # (rows, columns) slices in the scene
@@ -74,7 +74,7 @@ class Sheet(NamedTuple):
         starts = [own.start + i*self.step for own, i in zip(self.window, first)]
         return Sheet(tuple(slice(s, s + n*k*self.step) for s, n in zip(starts, shape)), self.step*k, layers)
 
-# %% ../../nbs/segmentation/26_screen.ipynb #4aa8140d
+# %% ../../nbs/segmentation/26_screen.ipynb #632652f5
 class Place(NamedTuple):
     "Place columns and rows on axes: x = a*column + c, y = e*row + f."
     a: float
@@ -93,7 +93,7 @@ def place_of(
     projection, (a, _, c, _, e, f) = projection_of(scene.grid), scene.transform
     return Place(a, c - (central_longitude(projection) if scene.grid.is_geographic else 0), e, f), projection
 
-# %% ../../nbs/segmentation/26_screen.ipynb #d7c155f6
+# %% ../../nbs/segmentation/26_screen.ipynb #6c9006de
 class ColourModel(nn.Module):
     "Tell classes by the colour of single pixels: a normal distribution for each band and class."
     window_size, averaging, device = Learner.window_size, Learner.averaging, torch.device('cpu')
@@ -128,7 +128,7 @@ def fit_colours(
     seen = [colours[:, ids == k] if n else np.zeros((len(colours), 1)) for k, n in enumerate(counts)]
     return ColourModel(inputs, *(torch.tensor(np.array(v)).float() for v in ([c.mean(1) for c in seen], [c.std(1) + .02 for c in seen], counts/counts.sum())))
 
-# %% ../../nbs/segmentation/26_screen.ipynb #dd69ef60
+# %% ../../nbs/segmentation/26_screen.ipynb #724afe83
 class Model(NamedTuple):
     "Hold what maps a scene."
     name: str
@@ -156,7 +156,7 @@ def open_model(
     if (task := bundle.metadata.get('task')) != 'segmentation': raise BundleError(f"{bundle.folder} is a model of the task '{task}', not of segmentation")
     return Model(name, bundle.forecaster, ClassMapping.from_dict(bundle.metadata['classes']), bundle.metadata.get('size', 256), bundle.folder.parent)
 
-# %% ../../nbs/segmentation/26_screen.ipynb #e9f8ec66
+# %% ../../nbs/segmentation/26_screen.ipynb #69f0e50e
 class Maps:
     "Map scenes with models, each pair once."
     def __init__(self,
@@ -185,7 +185,7 @@ def raster_reader(
             return values if f.nodata is None else np.where(values == f.nodata, IGNORE if values.dtype == np.uint8 else np.nan, values)
     return read
 
-# %% ../../nbs/segmentation/26_screen.ipynb #653a404a
+# %% ../../nbs/segmentation/26_screen.ipynb #31cb2b1e
 def screen_scores(
     truth: np.ndarray, # (h, w) ids, 255 where nobody knows
     said: np.ndarray, # (h, w) ids, 255 where nothing is said
@@ -201,7 +201,7 @@ def screen_scores(
     known = lambda v: None if np.isnan(v) else float(v)
     return [{'class': name, 'mask': known(m), 'map': known(s), 'iou': known(i)} for name, m, s, i in zip(mapping.names, *shares, found)]
 
-# %% ../../nbs/segmentation/26_screen.ipynb #860013d4
+# %% ../../nbs/segmentation/26_screen.ipynb #d84fc473
 def scores_table(
     rows: list[dict], # As `screen_scores` gives them
     mapping: ClassMapping,
@@ -221,7 +221,7 @@ def mean_iou(
     found = [r['iou'] for r in rows if r['iou'] is not None]
     return sum(found)/len(found) if found else None
 
-# %% ../../nbs/segmentation/26_screen.ipynb #5dfcee06
+# %% ../../nbs/segmentation/26_screen.ipynb #4d47ca09
 def _state(path):
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as e: raise BundleError(f"checkpoint {path} cannot be read ({(str(e).splitlines() or [type(e).__name__])[0][:120]}); copy it again, or delete it") from e
@@ -248,7 +248,7 @@ def at_checkpoint(
     forecaster.load_state_dict({k: v for k, v in state.items() if k in own}, strict=False)
     return model._replace(name=f'{model.name}, step {step}', forecaster=forecaster)
 
-# %% ../../nbs/segmentation/26_screen.ipynb #f7fb3639
+# %% ../../nbs/segmentation/26_screen.ipynb #3bf307c8
 def thresholds_of(
     model: Model,
 ) -> np.ndarray | None: # (K,) confidences; None for a learner that has none, or none yet
@@ -269,7 +269,7 @@ def accepted(
     "Keep the labels that are trusted."
     return np.where(sure >= np.append(thresholds, np.full(IGNORE + 1 - len(thresholds), np.inf))[said], said, IGNORE).astype(np.uint8)
 
-# %% ../../nbs/segmentation/26_screen.ipynb #d093ec54
+# %% ../../nbs/segmentation/26_screen.ipynb #551e76fb
 def differs(
     said: np.ndarray, # (h, w) ids, 255 where nothing is said
     other: np.ndarray, # (h, w) ids, 255 where nobody knows
