@@ -4,6 +4,8 @@
     def lab(): with serve_lab() as address: yield address
 
     with notebook_page(lab, "nbs/explore/fire.ipynb") as page: ...
+
+`voila_page` opens a notebook as voila serves it.
 """
 import contextlib
 import os
@@ -48,16 +50,20 @@ def served(command: list[str], address: str, environment: dict):
             server.kill()
 
 
+def kernel_environment(**more: str) -> dict:
+    "The environment of a server whose notebooks use this checkout, quickly and on one core."
+    return {**os.environ, "GEOFORECAST_QUICK": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
 @contextlib.contextmanager
 def serve_lab(root: Path = ROOT, **environment: str):
     "Serve JupyterLab on a folder, with settings of its own; yields (address, token)."
     port, token = free_port(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as home:
         own = {f"JUPYTER_{k}_DIR": f"{home}/{k}" for k in ("CONFIG", "DATA", "RUNTIME")} | {k: f"{home}/{k}" for k in ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}
-        env = {**os.environ, **own, "GEOFORECAST_QUICK": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}", "--allow-root",
                    "--expose-app-in-browser", f"--ServerApp.root_dir={root}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
-        with served(command, f"http://127.0.0.1:{port}/api?token={token}", env): yield f"http://127.0.0.1:{port}", token
+        with served(command, f"http://127.0.0.1:{port}/api?token={token}", kernel_environment(**own, **environment)): yield f"http://127.0.0.1:{port}", token
 
 
 @contextlib.contextmanager
@@ -83,6 +89,18 @@ def notebook_page(lab: tuple[str, str], notebook: str, run: bool = True):
         page.wait_for_selector(".jp-Notebook .jp-Cell")
         page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
         if run: run_all(page)
+        yield page
+
+
+@contextlib.contextmanager
+def voila_page(notebook: Path, width: int = 1400, height: int = 1800):
+    "Open a notebook as voila serves it, without code; what it asks of other hosts is refused."
+    pytest.importorskip("voila")
+    port = free_port()
+    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--strip_sources=True", f"--Voila.root_dir={notebook.parent}"]
+    with served(command, f"http://127.0.0.1:{port}/voila/static/voila.js", kernel_environment()), browser_page(width, height) as page:
+        page.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.abort())
+        page.goto(f"http://127.0.0.1:{port}")
         yield page
 
 

@@ -1,7 +1,6 @@
 "The fire explorer: what its numbers say, when it makes forecasts, what it says of data that lack something, and all of it in a real browser."
 import asyncio
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, precision_score, recall_score
 
-from browser import ROOT, Figure, browser_page, free_port, notebook_page, press_slider, serve_lab, served, until
+from browser import ROOT, Figure, notebook_page, press_slider, serve_lab, until, voila_page
 from geoforecast.core import ConfigError
 from geoforecast.fire.channels import BAND
 from geoforecast.fire.explorer import FireExplorer, Model
@@ -185,13 +184,7 @@ def check_outcomes(page, figure, fire, truth, day, threshold):
 
 
 def test_voila_serves_the_dashboard(folder):
-    pytest.importorskip("voila")
-    port = free_port()
-    env = {**os.environ, "GEOFORECAST_QUICK": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "voila", str(folder/"fire.ipynb"), "--no-browser", f"--port={port}", "--strip_sources=True"]
-    with served(command, f"http://127.0.0.1:{port}/voila/static/voila.js", env), browser_page() as page:
-        page.route(re.compile(r"^https?://(?!127\.0\.0\.1)"), lambda route: route.abort()) # MathJax from afar
-        page.goto(f"http://127.0.0.1:{port}/")
+    with voila_page(folder/"fire.ipynb") as page:
         figure = Figure(page)
         assert page.locator("pre").count() == 0, "neither code nor a traceback"
         before = page_scores(page)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from browser import Figure, browser_page, free_port, notebook_page, press_slider, serve_lab, served, until
+from browser import Figure, notebook_page, press_slider, serve_lab, until, voila_page
 from geoforecast.geo.io import write_netcdf
 from geoforecast.learn.bundle import load_bundle, save_bundle
 from geoforecast.learn.launch import launch
@@ -117,11 +117,7 @@ def test_sliders_keys_clicks_and_drags_in_jupyterlab(lab, made, forecast, twin):
 
 
 def test_voila_serves_the_page(made, forecast):
-    pytest.importorskip("voila")
-    port = free_port()
-    command = [sys.executable, "-m", "voila", str(made/"rain.ipynb"), "--no-browser", f"--port={port}", "--strip_sources=True", f"--Voila.root_dir={made}"]
-    with served(command, f"http://127.0.0.1:{port}/voila/static/voila.js", {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}), browser_page(1100, 1500) as page:
-        page.goto(f"http://127.0.0.1:{port}")
+    with voila_page(made/"rain.ipynb", 1100, 1500) as page:
         figure = Figure(page)
         assert page.get_by_text("Scores of").first.is_visible()
         figure.changed(lambda: press_slider(page, "time", "ArrowLeft"))
