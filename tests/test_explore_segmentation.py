@@ -2,7 +2,6 @@
 import csv
 import os
 import re
-import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import rasterio
 import torch
 
-from browser import ROOT, Figure, free_port, notebook_page, press_slider, serve_lab, served, until
+from browser import ROOT, Figure, notebook_page, press_slider, serve_lab, until, voila_page
 from geoforecast.core import DataError
 from geoforecast.learn.bundle import load_bundle, save_bundle
 from geoforecast.learn.launch import launch
@@ -116,6 +115,8 @@ def test_what_is_wrong_is_said_in_one_line_and_the_data_are_shown(made, tmp_path
     explorer.set(model="colour")
     assert explorer.message.value == "" and explorer.scores[0]["map"] > 0
     with pytest.raises(DataError, match="does not exist"): SegmentationExplorer(tmp_path/"nowhere")
+    bare = SegmentationExplorer(made/"land", hint="train one <first>")
+    assert "train one &lt;first&gt;" in bare.message.value and bare.model.name == "colour" and bare.scores[0]["map"] > 0
 
 
 def test_a_checkpoint_that_cannot_be_read_leaves_the_map(made, tmp_path):
@@ -144,18 +145,27 @@ def test_a_mosaic_larger_than_the_screen_is_read_anew_where_one_looks(tmp_path):
 
 # -------------------------------------------------------------------------------------------------------------------- in a browser
 
+def prepare(folder, made):
+    "The dashboard with the data and run of the test."
+    papermill.execute_notebook(ROOT/"nbs"/"explore"/"segmentation.ipynb", folder/"dashboard.ipynb", dict(data=str(made/"land"), bundle=str(made/"run")), prepare_only=True)
+    return folder/"dashboard.ipynb"
+
+
+def test_voila_serves_the_dashboard(made, tmp_path): # before the page below, since only one browser can be open
+    pytest.importorskip("playwright")
+    with voila_page(prepare(tmp_path, made)) as page:
+        figure = Figure(page)
+        assert len(table(page)) == 7 and not page.locator(".jp-CodeMirrorEditor, .cm-editor").count()
+        figure.changed(lambda: press_slider(page, "opacity"))
+
+
 @pytest.fixture(scope="module")
 def page(made, tmp_path_factory):
-    "The dashboard with the data and run of the test, in JupyterLab, all cells run."
+    "The dashboard in JupyterLab, all cells run."
     pytest.importorskip("playwright")
     folder = tmp_path_factory.mktemp("lab")
     notebook = prepare(folder, made)
     with serve_lab(root=folder) as lab, notebook_page(lab, notebook.name) as opened: yield opened
-
-
-def prepare(folder, made):
-    papermill.execute_notebook(ROOT/"nbs"/"explore"/"segmentation.ipynb", folder/"dashboard.ipynb", dict(data=str(made/"land"), bundle=str(made/"run")), prepare_only=True)
-    return folder/"dashboard.ipynb"
 
 
 def table(page): return [[c.strip() for c in row.locator("td").all_inner_texts()[1:]] for row in page.locator("table.scores tr").all()[1:]]
@@ -247,18 +257,3 @@ def test_the_list_is_the_command_s_and_a_click_changes_it(page, made):
     until(rows, "the list")
     assert rows()[1:] == [r for t, r in zip(tiles, list(csv.reader((made/"command.csv").open(newline="")))[1:]) if t.name != gone] and len(rows()) == len(tiles)
     page.get_by_label("a click adds or removes a tile").uncheck()
-
-
-def test_voila_serves_the_dashboard(page, made, tmp_path):
-    pytest.importorskip("voila")
-    port, notebook = free_port(), prepare(tmp_path, made)
-    command = [sys.executable, "-m", "voila", str(notebook), "--no-browser", f"--port={port}", "--strip_sources=True", "--show_tracebacks=True"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GEOFORECAST_QUICK": "1"}
-    with served(command, f"http://127.0.0.1:{port}/voila/static/voila.js", environment):
-        served_page = page.context.browser.new_page()
-        served_page.goto(f"http://127.0.0.1:{port}/")
-        figure = Figure(served_page)
-        assert len(table(served_page)) == 7
-        figure.changed(lambda: press_slider(served_page, "opacity"))
-        served_page.screenshot(path="/tmp/segx/voila.png", full_page=True)
-        served_page.close()
