@@ -122,6 +122,8 @@ class FireExplorer(Explorer):
         rows = [['fire', 'model', every, save], ['channel', 'growth', 'wind', 'view'], ['day', play_button(controls['day']), 'threshold'], [self.table, self.facts]]
         super().__init__(self.canvas, controls, self.layers, rows, [widgets.HBox([controls['row'], controls['column']])])
         self.waits, self.message.layout.min_height = False, '28px' # or the figure would jump with every message
+        best = getattr(self.models.get(controls['model'].value), 'threshold', None)
+        if best is not None: self.set(threshold=float(np.clip(round(best, 2), .01, .99)))
 
     def clicked(self, ax, x, y):
         if ax in self.figure.maps and (cell := cell_at(self.fire.grid, ax, x, y)): self.set(row=cell[0], column=cell[1])
