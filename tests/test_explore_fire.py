@@ -161,7 +161,6 @@ def test_page_follows_hands_as_the_data_say(lab, folder, fire, truth):
         wait_for_scores(page, fire, truth, day, threshold)
         check_click(page, figure, here)
         check_outcomes(page, figure, fire, truth, day, threshold)
-        if os.environ.get("GEOFORECAST_PICTURES"): page.screenshot(path=f"{os.environ['GEOFORECAST_PICTURES']}/explore_fire.png")
 
 
 def check_click(page, figure, here):
