@@ -8,11 +8,13 @@ EXTRAS := dev,encoders,augmentation,voila,cluster,docs
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test lab docs install lock
+.PHONY: help demo test bench faults lab docs install lock
 
 help:
 	@echo "make demo   train a wildfire forecast on simulated fires, score it and draw it on a map"
 	@echo "make test   run every notebook and every test"
+	@echo "make bench  measure speed and memory beside plain implementations"
+	@echo "make faults kill, damage, attack and starve it, at full size"
 	@echo "make lab    open the notebooks in JupyterLab"
 	@echo "make docs   build the documentation site into _site"
 
@@ -21,6 +23,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python tests/run.py
+
+bench: $(STAMP)
+	$(BIN)/python tests/bench
+
+faults: $(STAMP)
+	$(BIN)/python -m pytest tests/faults --many -n 2 --dist loadfile
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb $(LAB)

@@ -1,0 +1,48 @@
+"Time things side by side: turn by turn in one process, so that a machine that slows down slows all of them."
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+
+def interleaved(
+    functions: dict[str, Callable[[], object]],  # What to time, by name
+    repeats: int = 9,  # Rounds; each calls every function once, in turning order
+    warmup: int = 2,  # Rounds that do not count
+) -> dict[str, list[float]]:  # Seconds of each round
+    "Call the functions turn by turn and return their wall times."
+    names, seconds = list(functions), {name: [] for name in functions}
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(warmup + repeats):
+            for name in names[i % len(names):] + names[:i % len(names)]:
+                start = time.perf_counter()
+                functions[name]()
+                if i >= warmup: seconds[name].append(time.perf_counter() - start)
+    finally: gc.enable()
+    return seconds
+
+
+def ratio(
+    slow: list[float],  # Seconds a round
+    fast: list[float],  # Of the same rounds
+) -> dict:  # `value`, the median over rounds of slow/fast, and the quartiles `lo` and `hi`
+    "Say how many times faster `fast` is, round by round."
+    lo, value, hi = statistics.quantiles([a/b for a, b in zip(slow, fast)], n=4, method="inclusive")
+    return dict(value=value, lo=lo, hi=hi)
+
+
+def row(
+    suite: str,  # Name of the suite
+    what: str,  # What was compared, in words
+    aim: str,  # Such as `>= 1.2` or `<= 0.15`; empty where none is set
+    value: float,  # What was measured
+    lo: float | None = None,  # Quartiles over the rounds
+    hi: float | None = None,
+    unit: str = "times the plain one's rate",
+) -> dict:  # One line of the table and of the JSON
+    "Set a measurement beside its aim."
+    sign, _, bound = aim.partition(" ")
+    reached = None if not aim else value >= float(bound) if sign == ">=" else value <= float(bound)
+    return dict(suite=suite, what=what, value=value, lo=lo, hi=hi, unit=unit, aim=aim, reached=reached)
