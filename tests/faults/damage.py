@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-SECONDS, MEMORY = 60, 6*2**30  # A trial may take this long, and map this much
+SECONDS, MEMORY = 30, 6*2**30  # A trial may take this long, and map this much
 GOOD = ("right", "refused")
 
 
@@ -67,7 +68,9 @@ def _ended(use, path):
 def _work(use, pipe, preload):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has a handler of its own, which would wait for Python's next instruction
     tempfile.tempdir = None
+    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)  # threads do not survive a fork
     preload()
     while (path := pipe.recv()) is not None:
         signal.alarm(SECONDS)
