@@ -26,6 +26,9 @@ from filelock import FileLock, Timeout
 # %% ../nbs/core.ipynb #7ae68888
 class GeoforecastError(Exception):
     "Tell a user in one line what is wrong, where, which rule it breaks and what to do next."
+    def __str__(self):
+        text = ' '.join(''.join(c if c.isprintable() else ' ' for c in super().__str__()).split()) # a damaged file may speak through it
+        return text if len(text) <= 600 else f'{text[:400]} ... {text[-180:]}'
 
 class DataError(GeoforecastError): "Report a file or array that does not keep to its layout."
 class ConfigError(GeoforecastError): "Report an option, name or value that does not exist or does not fit."
