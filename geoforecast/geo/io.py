@@ -142,6 +142,33 @@ def cf_dataset(
         if name == 'time' and v.dtype.kind == 'M': v.attrs = {'standard_name': 'time', 'axis': 'T'} | v.attrs
     return ds.assign_attrs(_stamp(_plain_attrs(ds.attrs), grid is not None and grid.approximate))
 
+# %% ../../nbs/geo/02_io.ipynb #05240906
+import mmap
+
+def check_heaps(
+    path: str | Path, # An HDF5 file, NetCDF included
+    skip: tuple[int, int] = (0, 0), # First byte of a large block of numbers, and the one behind it
+    most: int = 2**25, # Bytes to look at from both ends
+):
+    "Raise `DataError` for a damaged heap of texts on which the HDF5 library would loop for ever."
+    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
+        first, last = skip if skip[1] > skip[0] else (len(m)//2, len(m)//2)
+        for start, end in ((0, min(first, most)), (max(last, len(m) - most), len(m))):
+            at = m.find(b'GCOL\1\0\0\0', start, end)
+            while at >= 0:
+                if _is_endless(m, at): raise DataError(f'{path} is damaged: the texts at byte {at} are overwritten; copy or download it again')
+                at = m.find(b'GCOL\1\0\0\0', at + 8, end)
+
+def _is_endless(m, at):
+    def number(first, size): return int.from_bytes(m[first:first + size], 'little')
+    here, end = at + 16, min(at + number(at + 8, 8), len(m))
+    while here + 16 <= end:
+        size = number(here + 8, 8)
+        step = (16 + (size + 7)//8*8) % 2**64 if number(here, 2) else size
+        if not step: return True
+        here += step
+    return False
+
 # %% ../../nbs/geo/02_io.ipynb #7ef985b5
 def _time_encoding(*values):
     times = pd.DatetimeIndex(np.concatenate([np.ravel(v) for v in values]))
