@@ -18,12 +18,13 @@ import numpy as np
 import torch
 import xarray as xr
 from fastcore.basics import patch
+from pyproj.exceptions import ProjError
 from rasterio.crs import CRS
 
 from ..core import ConfigError, DataError, atomic_path, check_choice, html_table
 from .channels import BAND, BANDS, PROTOCOLS
 from ..geo.grid import Grid, utm_crs
-from ..geo.io import georeference
+from ..geo.io import check_heaps, georeference
 
 # %% ../../nbs/fire/03_wsts.ipynb #1c863277
 STORED = [b.name for b in BANDS[:BAND['detection_hour'] + 1]]
@@ -83,13 +84,19 @@ def parse_dates(
     dates: Iterable, # Strings, bytes, datetimes
     name: str, # Whose dates, for messages
 ) -> np.ndarray: # (T,) datetime64[D]
-    "Return days; raise `DataError` for what is not a day and for days out of order."
-    texts = [d.decode() if isinstance(d, bytes) else str(d) for d in dates]
-    try: days = np.array([t.removesuffix('.tif')[:10] for t in texts], 'datetime64[D]')
+    "Return days; raise `DataError` for what is not a day, for days out of order and for days more than a year apart."
+    texts = [_text(d).removesuffix('.tif')[:10] for d in dates]
+    wrong = next((t for t in texts if not re.fullmatch(r'\d{4}-\d\d-\d\d', t)), None)
+    if wrong is not None: raise DataError(f"{name}: dates must look like 2020-09-05 or 2020-09-05.tif, not '{wrong}'")
+    try: days = np.array(texts, 'datetime64[D]')
     except ValueError as e: raise DataError(f'{name}: dates must look like 2020-09-05 or 2020-09-05.tif ({e})') from e
-    late = np.flatnonzero(np.diff(days) <= np.timedelta64(0, 'D'))
+    steps = np.diff(days).astype(int)
+    late, far = np.flatnonzero(steps <= 0), np.flatnonzero(steps > 366)
     if late.size: raise DataError(f'{name}: dates must ascend, but {days[late[0] + 1]} follows {days[late[0]]}; sort the days')
+    if far.size: raise DataError(f'{name}: {days[far[0] + 1]} follows {days[far[0]]}, more than a year; mend the date, or make two fires of it')
     return days
+
+def _text(value): return value.decode(errors='replace') if isinstance(value, bytes) else str(value)
 
 def check_layout(
     name: str, # Whose data, for messages
@@ -120,6 +127,8 @@ class Fire:
     @cached_property
     def _block(self): return np.memmap(self.path, self.dtype, 'r', self.offset, self.shape)
 
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, OverflowError, SystemError) # what h5py raises for damaged files
+
 def open_fire(
     path: str | Path, # A file in the layout of WildfireSpreadTS
     crs: str | None = None, # CRS, such as `EPSG:32611`, for a file that does not say
@@ -130,23 +139,39 @@ def open_fire(
     if not path.is_file(): raise DataError(f'{path} does not exist')
     try:
         with h5py.File(path, 'r') as f: return _describe(path, f, crs, origin)
-    except OSError as e: raise DataError(f'{path}: not a readable HDF5 file, perhaps cut short while copying ({str(e).splitlines()[0]})') from e
     except DataError as e: raise e if str(path) in str(e) else DataError(f'{path}: {e}') from e
+    except UNREADABLE as e: raise DataError(f'{path}: not a readable HDF5 file, perhaps cut short while copying ({e})') from e
 
 # %% ../../nbs/fire/03_wsts.ipynb #51351738
-def _text(value): return value.decode() if isinstance(value, bytes) else str(value)
-
 def _describe(path, file, crs, origin):
     "Read the header of an open file."
     if not isinstance(file.get('data'), h5py.Dataset): raise DataError(f"{path}: no dataset 'data'; the file holds {', '.join(file) or 'nothing'}")
-    dataset, attrs = file['data'], dict(file['data'].attrs)
+    dataset = file['data']
+    block = _block_of(path, dataset)
+    check_heaps(path, (block, block + dataset.nbytes) if block else (0, 0))
+    attrs = dict(dataset.attrs)
     if 'img_dates' not in attrs: raise DataError(f"{path}: dataset 'data' lacks the attribute 'img_dates', the list of its days")
     dates = parse_dates(np.atleast_1d(attrs['img_dates']), path)
     check_layout(path, dataset.shape, dates)
-    year = int(_text(attrs['year'])) if 'year' in attrs else int(str(dates[0])[:4])
-    block = dataset.id.get_offset() if dataset.chunks is None else None
-    name = _text(attrs.get('fire_name', path.stem))
-    return Fire(path, name, year, dates, dataset.shape, _locate(path, attrs, dataset.shape[2:], crs, origin), block, dataset.dtype)
+    name, year = _text(attrs.get('fire_name', path.stem)), _text(attrs.get('year', str(dates[0])[:4]))
+    if not re.fullmatch(r'\d{4}', year): raise DataError(f"{path}: attribute 'year' must be a year such as 2020, not '{year}'")
+    grid = _locate(path, attrs, dataset.shape[2:], crs, origin)
+    if abs(int(year) - int(str(dates[0])[:4])) > 1: raise DataError(f"{path}: attribute 'year' says {year}, but the first day is {dates[0]}; mend one of them")
+    if not _on_earth(grid): raise DataError(f"{path}: transform {grid.transform} and CRS {grid.crs[:60]} place it nowhere on Earth; mend them, or give crs= and origin=")
+    return Fire(path, name, int(year), dates, dataset.shape, grid, block, dataset.dtype)
+
+def _block_of(path, dataset):
+    "Where the numbers lie in the file, None for chunks; refuse numbers that are elsewhere, none, or never written."
+    if dataset.dtype.kind not in 'fiu': raise DataError(f"{path}: 'data' holds {dataset.dtype}, needed are real numbers such as float32")
+    if dataset.is_virtual or dataset.external or Path(dataset.file.filename) != path: raise DataError(f"{path}: 'data' points into other files; write its numbers into this one, for instance with h5repack")
+    if dataset.nbytes > 2000*dataset.id.get_storage_size(): raise DataError(f"{path}: only {dataset.id.get_storage_size():,} of {dataset.nbytes:,} bytes of 'data' were ever written; copy or convert it again")
+    return dataset.id.get_offset() if dataset.chunks is None else None
+
+def _on_earth(grid):
+    "Whether the outermost cells have a longitude and a latitude."
+    try: corners = [grid.crop(slice(r, r + 1), slice(c, c + 1)).lonlat() for r in (0, grid.height - 1) for c in (0, grid.width - 1)]
+    except ProjError: return False
+    return all(np.abs(lon) <= 540 and np.abs(lat) <= 90 for lon, lat in corners)
 
 def _locate(path, attrs, shape, crs, origin):
     stored = crs is None and 'crs' in attrs
@@ -157,7 +182,9 @@ def _locate(path, attrs, shape, crs, origin):
         if np.size(attrs['transform']) != 6: raise DataError(f"{path}: attribute 'transform' must hold 6 numbers, not {np.size(attrs['transform'])}")
         return Grid(crs, tuple(attrs['transform']), *shape, 'georeference' in attrs and _text(attrs['georeference']) == 'approximate')
     if np.size(attrs.get('lnglat', ())) != 2: raise DataError(f"{path}: neither 'crs' and 'transform' nor 'lnglat' say where it lies; give crs= and origin=")
-    return _guess(*(float(v) for v in attrs['lnglat']), shape, crs)
+    lon, lat = (float(v) for v in np.ravel(attrs['lnglat']))
+    if not (-180 <= lon <= 360 and -90 <= lat <= 90): raise DataError(f"{path}: attribute 'lnglat' holds {lon:g}, {lat:g}, no longitude and latitude; mend it, or give crs= and origin=")
+    return _guess(lon, lat, shape, crs)
 
 def _guess(lon, lat, shape, crs):
     benchmark = -128 < lon < -100 and 30 < lat < 52
@@ -178,7 +205,7 @@ def read(
     try:
         if self.offset is not None: return _cut(self._block, times, bands, rows, cols)
         with h5py.File(self.path, 'r') as f: return _cut(f['data'], times, bands, rows, cols)
-    except (OSError, ValueError) as e: raise DataError(f'{self.path}: cannot be read ({e}); copy or convert it again') from e
+    except UNREADABLE as e: raise DataError(f'{self.path}: cannot be read ({e}); copy or convert it again') from e
 
 def _cut(block, times, bands, rows, cols):
     if bands is None: return _float32(block[times, :, rows, cols])
@@ -202,6 +229,7 @@ def mask(
 def _history(self: Fire):
     if '_scan' not in self.__dict__:
         hour = self.read(bands=[BAND['detection_hour']])[:, 0]
+        if (hour > 24).any(): raise DataError(f"{self.path}: detection_hour reaches {np.nanmax(hour):g} on {self.dates[(hour > 24).any((1, 2)).argmax()]}, and a day has 24 hours; mend or convert it again")
         burns, days = hour > 0, (self.dates - self.dates[0]).astype(np.float32)
         first = np.where(burns.any(0), days[burns.argmax(0)], np.float32(np.nan))
         self._scan = first, np.isnan(hour).all(axis=(1, 2))
