@@ -11,18 +11,22 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from datetime import datetime, timezone
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
+import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core import BundleError, atomic_path, html_table, write_json
+from ..guard import PlainLoader, markdown_text
+from .configuration import guard_imports
 from .ensemble import Ensemble, label
 from .forecaster import Forecaster
 from .metrics import PARTS, score_key, score_table
@@ -32,10 +36,12 @@ def check_classes(
     config, # Any part of a bundle's configuration
     where: str = 'config.yaml', # For the message
 ):
-    "Raise `BundleError` for any dotted name that is not a module class of this library."
+    "Raise `BundleError` for any dotted name that is not a module class of this library, for text that would be read as settings or as a file of them, and for weights from elsewhere."
+    if isinstance(config, dict) and config.get('pretrained'): raise BundleError(f"{where} asks for pretrained weights, and a bundle brings its own; it is refused, because loading it could fetch files from the network")
     if isinstance(config, dict): [check_classes(v, f'{where}: {k}') for k, v in config.items()]
     elif isinstance(config, (list, tuple)): [check_classes(v, where) for v in config]
     elif isinstance(config, str) and re.fullmatch(r'\w+(\.\w+)+', config): _own_class(config, where)
+    elif isinstance(config, str) and not re.fullmatch(r'[\w +,%()-]*(/[\w +,%()-]+)*', config): raise BundleError(f"{where} holds the text '{config[:60]}', and a bundle holds plain words; it is refused, because loading it could run foreign code")
 
 def _own_class(path, where):
     module, _, name = path.rpartition('.')
@@ -48,6 +54,7 @@ def _own_class(path, where):
 # %% ../../nbs/learn/09_bundle.ipynb #24152799
 def _build(config, folder):
     check_classes(config, f'{folder.name}/config.yaml')
+    guard_imports()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments((Forecaster, Ensemble), 'model')
     try: return parser.instantiate(parser.parse_object(config)).model
@@ -83,9 +90,10 @@ def _set_for_loading(options):
     network = options['network'].get('init_args') or {}
     if 'pretrained' in network: network['pretrained'] = False # they need no others
 
-def _tensors_of(forecaster):
-    if isinstance(forecaster, Ensemble): return {f'members.{i}.{k}': v for i, m in enumerate(forecaster.members) for k, v in _tensors_of(m).items()}
-    return {f'{part}.{k}': v for part, module in forecaster.parts.items() for k, v in module.state_dict().items()}
+def _tensors_of(module):
+    if isinstance(module, Ensemble): return {f'members.{i}.{k}': v for i, m in enumerate(module.members) for k, v in _tensors_of(m).items()}
+    parts = {f'{name}.': part for name, part in module.parts.items()} if isinstance(module, Forecaster) else {'': module}
+    return {f'{prefix}{k}': v for prefix, part in parts.items() for k, v in part.state_dict().items()}
 
 def _save(path, tensors): save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path)
 
@@ -113,9 +121,9 @@ def model_card(
     facts = {k: v for k, v in metadata.items() if not isinstance(v, (dict, list)) and k != 'limits'}
     rows = [{k: r[k] for k in CARD_COLUMNS if k in r} for r in scores if not set(PARTS) & set(r)]
     data = [f'- {part}: {_described(d)}' for part, d in metadata.get('data', {}).items()]
-    lines = [f"# {metadata.get('network', 'Model')} ({metadata.get('task', 'unknown task')})", '', *(f'- {k}: {v}' for k, v in facts.items()), '', '## Data', '', *data, '', '## Scores', '',
-             '```', str(score_table(rows)), '```', '', *(f'- {k}: {score_key(k)[0]}' for k in dict.fromkeys(k for r in rows for k in r) if score_key(k)), '',
-             '## Limits', '', metadata.get('limits', 'Scores hold for data like those they were measured on.'), '']
+    head = [f"# {metadata.get('network', 'Model')} ({metadata.get('task', 'unknown task')})", '', *(f'- {k}: {v}' for k, v in facts.items()), '', '## Data', '', *data, '', '## Scores', '']
+    keys = [f'- {k}: {score_key(k)[0]}' for k in dict.fromkeys(k for r in rows for k in r) if score_key(k)]
+    lines = [*map(markdown_text, head), '```', str(score_table(rows)).replace('`', "'"), '```', '', *map(markdown_text, keys), '', '## Limits', '', markdown_text(metadata.get('limits', 'Scores hold for data like those they were measured on.')), '']
     return '\n'.join(lines)
 
 def _described(part):
@@ -131,25 +139,31 @@ def _present(folder, name):
 
 def _json(folder, name):
     try: return json.loads(_present(folder, name).read_text(encoding='utf-8'))
-    except ValueError as e: raise BundleError(f'{folder/name} is not valid JSON ({e}); copy the bundle again') from e
+    except (ValueError, RecursionError) as e: raise BundleError(f'{folder/name} is not valid JSON ({e}); copy the bundle again') from e
+
+def _yaml(folder, name):
+    try: return yaml.load(_present(folder, name).read_text(encoding='utf-8'), PlainLoader)
+    except (ValueError, yaml.YAMLError) as e: raise BundleError(f'{folder/name} is not valid YAML ({e}); copy the bundle again') from e
 
 def _tensors(folder, name):
     try: return load_file(_present(folder, name))
     except SafetensorError as e: raise BundleError(f'{folder/name} is damaged ({e}); copy the bundle again') from e
 
 # %% ../../nbs/learn/09_bundle.ipynb #d3b63fe6
-def _load(module, tensors, folder):
-    own = _tensors_of(module)
+def _built(build, tensors, folder):
+    "Build a module in memory only after it has been built without, and is as large as the tensors that came with it."
+    with torch.device('meta'): own = _tensors_of(build())
     wrong = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
     if wrong: raise BundleError(f"{folder}: weights and configuration do not belong together, {len(wrong)} tensors differ, such as '{wrong[0]}'")
+    module = build()
     module.load_state_dict(tensors, strict=False)
+    return module.eval()
 
 def _load_baselines(described, folder):
     found, tensors = {}, _tensors(folder, 'baselines.safetensors')
     for name, entry in described.items():
-        module = _own_class(entry['class_path'], f'{folder.name}/baselines.json')(**entry['init_args'])
-        module.load_state_dict({k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')})
-        found[name] = module.eval()
+        build = partial(_own_class(entry['class_path'], f'{folder.name}/baselines.json'), **entry['init_args'])
+        found[name] = _built(build, {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}, folder)
     return found
 
 # %% ../../nbs/learn/09_bundle.ipynb #017d9bf9
@@ -180,7 +194,6 @@ def load_bundle(
     metadata, baselines, scores = (_json(folder, f'{n}.json') for n in ('metadata', 'baselines', 'scores'))
     for name, digest in metadata.get('sha256', {}).items():
         if _digest(_present(folder, name)) != digest: raise BundleError(f'{folder/name} is damaged: its checksum is not the one it was written with; copy the bundle again')
-    config = yaml.safe_load(_present(folder, 'config.yaml').read_text(encoding='utf-8'))
-    forecaster = _build(config, folder)
-    _load(forecaster, _tensors(folder, 'model.safetensors'), folder)
-    return Bundle(folder, forecaster.eval(), config, metadata, _load_baselines(baselines, folder), scores)
+    config = _yaml(folder, 'config.yaml')
+    forecaster = _built(lambda: _build(config, folder), _tensors(folder, 'model.safetensors'), folder)
+    return Bundle(folder, forecaster, config, metadata, _load_baselines(baselines, folder), scores)

@@ -108,7 +108,7 @@ def _backbone(table, input_dim, pretrained, out_features):
     config.num_channels = config.num_channels if pretrained else input_dim
     stages = out_features or [s for s in config.stage_names if s != 'stem' or config.model_type == 'resnet']
     config.out_features = [check_choice('encoder stage', s, config.stage_names) for s in stages]
-    network = require('transformers', 'encoders').AutoBackbone.from_config(config)
+    network = require('transformers', 'encoders').AutoBackbone.from_config(config, trust_remote_code=False)
     if pretrained: network = _trained(type(network), table.get('hub'), config)
     widen_first(network, input_dim)
     if config.model_type == 'resnet': sharpen_stem(network)
