@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BANDS', 'BAND', 'LAND_COVER', 'DENSITY_WIDTHS', 'FEATURES', 'CHANNELS', 'N_BENCHMARK', 'GROUPS', 'PROTOCOLS', 'FILL',
-           'Band', 'select_channels', 'Statistics', 'channel_statistics', 'known', 'FireInputs']
+           'Band', 'select_channels', 'Beyond', 'Statistics', 'channel_statistics', 'known', 'FireInputs']
 
 # %% ../../nbs/fire/01_channels.ipynb #3d590e72
+import warnings
 from typing import Iterable, NamedTuple
 
 import numpy as np
@@ -25,33 +26,34 @@ class Band(NamedTuple):
     unit: str # Unit of the stored values
     kind: str # `static` (the same every day) or `dynamic`
     transform: str # `z`, `angle`, `class` or `hour`
+    limit: float # Largest magnitude that nature has; beyond are fill values and damage, which count as unknown
 
-BANDS = tuple(Band(*row.split()) for row in """
-viirs_m11                   1e-4  dynamic z
-viirs_i2                    1e-4  dynamic z
-viirs_i1                    1e-4  dynamic z
-ndvi                        1e-4  dynamic z
-evi2                        1e-4  dynamic z
-precipitation               mm    dynamic z
-wind_speed                  m/s   dynamic z
-wind_direction              deg   dynamic angle
-temperature_min             K     dynamic z
-temperature_max             K     dynamic z
-energy_release_component    1     dynamic z
-specific_humidity           kg/kg dynamic z
-slope                       deg   static  z
-aspect                      deg   static  angle
-elevation                   m     static  z
-pdsi                        1     dynamic z
-land_cover                  1     static  class
-forecast_precipitation      mm    dynamic z
-forecast_wind_speed         m/s   dynamic z
-forecast_wind_direction     deg   dynamic angle
-forecast_temperature        degC  dynamic z
-forecast_specific_humidity  kg/kg dynamic z
-detection_hour              h     dynamic hour
-days_since_detection        d     dynamic z
-""".strip().splitlines())
+BANDS = tuple(Band(*words, float(limit)) for row in """
+viirs_m11                   1e-4  dynamic z    65535
+viirs_i2                    1e-4  dynamic z    65535
+viirs_i1                    1e-4  dynamic z    65535
+ndvi                        1e-4  dynamic z    65535
+evi2                        1e-4  dynamic z    65535
+precipitation               mm    dynamic z    2000
+wind_speed                  m/s   dynamic z    150
+wind_direction              deg   dynamic angle 720
+temperature_min             K     dynamic z    400
+temperature_max             K     dynamic z    400
+energy_release_component    1     dynamic z    1000
+specific_humidity           kg/kg dynamic z    1
+slope                       deg   static  z    90
+aspect                      deg   static  angle 720
+elevation                   m     static  z    9000
+pdsi                        1     dynamic z    100
+land_cover                  1     static  class 255
+forecast_precipitation      mm    dynamic z    2000
+forecast_wind_speed         m/s   dynamic z    150
+forecast_wind_direction     deg   dynamic angle 720
+forecast_temperature        degC  dynamic z    400
+forecast_specific_humidity  kg/kg dynamic z    1
+detection_hour              h     dynamic hour 24
+days_since_detection        d     dynamic z    40000
+""".strip().splitlines() for *words, limit in [row.split()])
 BAND = {b.name: i for i, b in enumerate(BANDS)}
 
 # %% ../../nbs/fire/01_channels.ipynb #a70e534e
@@ -138,11 +140,38 @@ def _members(word, protocol):
     raise ConfigError(f"channel '{word}' does not exist{nearest(word, [*known, *GROUPS])}")
 
 # %% ../../nbs/fire/01_channels.ipynb #365a78ca
-FILL = 1e30 # Larger magnitudes are fill values: no band comes near
+FILL = 1e30 # Larger magnitudes are fill values, which are no damage
+
+class Beyond:
+    "Count values beyond the limits of their bands over a stream of raw arrays."
+    def __init__(self,
+        bands: Iterable[int], # Raw bands that the arrays hold
+    ):
+        self.bands = [BANDS[b] for b in bands]
+        self.beyond, self.known = (np.zeros(len(self.bands), np.int64) for _ in range(2))
+
+    def update(self,
+        raw: np.ndarray, # (T, bands, H, W)
+    ):
+        "Count the pixels of `raw`."
+        size, limits = np.abs(raw), np.array([b.limit for b in self.bands], np.float32)[:, None, None]
+        real = size < FILL
+        self.known += real.sum((0, 2, 3))
+        self.beyond += (real & (size > limits)).sum((0, 2, 3))
+
+    def tell(self,
+        where: str, # File, or data, for messages
+    ):
+        "Warn of values that count as unknown; raise `DataError` where they are most of a band."
+        for band, beyond, known in zip(self.bands, self.beyond, self.known):
+            if beyond: text = f'{where}: {beyond:,} of {known:,} values of {band.name} are larger than {band.limit:g} {band.unit}'
+            if beyond > known/2: raise DataError(f'{text}; the band has another unit or is damaged: mend it, or leave it out of the channels')
+            if beyond: warnings.warn(f'{text} and count as unknown; is the file damaged?', stacklevel=3)
 
 class Statistics:
     "Collect mean, standard deviation and fire rate over a stream of raw arrays."
     def __init__(self):
+        self.beyond = Beyond(range(len(BANDS)))
         self.count, self.mean, self.square = (np.zeros(len(BANDS)) for _ in range(3))
         self.pixels = self.fires = 0
 
@@ -152,6 +181,7 @@ class Statistics:
     ) -> 'Statistics': # itself
         "Merge the pixels of `raw`."
         if raw.ndim != 4 or raw.shape[1] != len(BANDS): raise DataError(f'statistics need (T, {len(BANDS)}, H, W), got {raw.shape}')
+        self.beyond.update(raw)
         for i, band in enumerate(BANDS):
             if band.transform not in ('angle', 'class'): self._merge(i, raw[:, i], band.transform == 'hour')
         hour = raw[:, BAND['detection_hour']]
@@ -160,7 +190,7 @@ class Statistics:
         return self
 
     def _merge(self, i, values, fires_only):
-        x = values[(np.abs(values) < FILL) & ((values > 0) if fires_only else True)].astype(np.float64)
+        x = values[(np.abs(values) <= BANDS[i].limit) & ((values > 0) if fires_only else True)].astype(np.float64)
         if not x.size: return
         n, shift = self.count[i] + x.size, x.mean() - self.mean[i]
         self.square[i] += x.var()*x.size + shift**2*self.count[i]*x.size/n
@@ -168,7 +198,8 @@ class Statistics:
         self.count[i] = n
 
     def compute(self) -> dict: # `mean`, `std`, `count` (24 numbers each), `pos_class_weight`; plain numbers, ready for JSON
-        "Return the statistics; a band without values or without variation keeps a standard deviation of 1."
+        "Return the statistics; a band without values or without variation keeps a standard deviation of 1. Warn of values beyond the limits, raise `DataError` where they are most of a band."
+        self.beyond.tell('the data that statistics are taken of')
         std = np.sqrt(self.square/np.maximum(self.count, 1))
         return dict(mean=self.mean.tolist(), std=np.where(std > 0, std, 1.).tolist(), count=self.count.astype(int).tolist(),
                     pos_class_weight=self.pixels/self.fires if self.fires else 1.)
@@ -186,9 +217,10 @@ def channel_statistics(
 # %% ../../nbs/fire/01_channels.ipynb #cfa2152e
 def known(
     x: Tensor, # Raw values
+    limit: float | Tensor, # Of their bands, such as (bands, 1, 1)
 ) -> Tensor: # bool, same shape
-    "Return where a value is neither NaN nor infinite nor a fill value."
-    return x.abs() < FILL
+    "Return where a value is neither NaN nor infinite nor beyond the limit of its band."
+    return x.abs() <= limit
 
 # %% ../../nbs/fire/01_channels.ipynb #f47360f1
 class FireInputs(nn.Module):
@@ -203,6 +235,7 @@ class FireInputs(nn.Module):
         self.register_buffer('mean', torch.zeros(len(BANDS)))
         self.register_buffer('std', torch.ones(len(BANDS)))
         self.register_buffer('classes', torch.arange(18.), persistent=False)
+        self.register_buffer('limits', torch.tensor([b.limit for b in BANDS]), persistent=False)
         self._runs = _runs([_table[c] for c in self.channels])
 
     @property
@@ -268,10 +301,11 @@ def _write(self: FireInputs, out, operation, raw, numbers):
     if operation == 'feature': return self._derive(out, raw, list(FEATURES)[numbers])
     x = raw[:, :, numbers]
     if operation == 'unknown': return out.copy_(~((x >= 1) & (x <= 17)))
-    if operation == 'burned': return out.copy_(known(x))
+    limits = self.limits[numbers].view(-1, 1, 1)
+    if operation == 'burned': return out.copy_(known(x, limits))
     if operation == 'mask': return out.copy_(x > 0)
     out.copy_(x)
-    if self.protocol == 'default': out.masked_fill_(~(out > 0) if operation == 'hour' else ~known(out), torch.nan)
+    if self.protocol == 'default': out.masked_fill_(~(out > 0) if operation == 'hour' else ~known(out, limits), torch.nan)
     if operation == 'sin': out.deg2rad_().sin_()
     elif operation == 'cos': out.deg2rad_().cos_()
     else: out.sub_(self.mean[numbers].view(-1, 1, 1)).div_(self.std[numbers].view(-1, 1, 1))
@@ -285,7 +319,7 @@ def _classes(self: FireInputs, raw):
 # %% ../../nbs/fire/01_channels.ipynb #9a702129
 @patch
 def _derive(self: FireInputs, out, raw, names):
-    def band(name): return (x := raw[:, :, BAND[name]].float()).where(known(x), torch.nan)
+    def band(name): return (x := raw[:, :, BAND[name]].float()).where(known(x, BANDS[BAND[name]].limit), torch.nan)
     hour = band('detection_hour')
     make = {'front_distance': lambda: 2*torch.log1p(front_distance(hour))/np.log1p(REACH) - 1,
             'progression_rate': lambda: torch.log1p(progression_rate(band('days_since_detection'))),

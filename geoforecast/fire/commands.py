@@ -200,6 +200,8 @@ def describe_fire(
     "Describe a fire: days, fire pixels, bands, georeference, windows."
     import numpy as np
     from geoforecast.fire.data import windows_of
+    from geoforecast.fire.wsts import STORED, check_values
+    check_values(fire, range(len(STORED)))
     burning, gaps = fire.mask().sum((1, 2)), int((np.diff(fire.dates).astype(int) > 1).sum())
     lon, lat = (float(v.mean()) for v in fire.grid.lonlat())
     guessed = '; APPROXIMATE, guessed from one point: give crs and origin for maps that must fit' if fire.grid.approximate else ''

@@ -22,7 +22,7 @@ from matplotlib.quiver import QuiverKey
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import binary_fill_holes
 
-from .channels import BAND, BANDS, FILL, LAND_COVER, FireInputs
+from .channels import BAND, BANDS, LAND_COVER, FireInputs
 from .data import present_channels
 from .wsts import Fire
 from ..geo.io import georeference
@@ -125,7 +125,7 @@ def band_values(
     "Read a band by its name."
     if name == 'days_since_detection': return fire.days_since_detection(days)
     values = fire.read(days, bands=[BAND[name]])[:, 0]
-    return np.where((np.abs(values) < FILL) & ((name != 'detection_hour') | (values > 0)), values, np.nan)
+    return np.where((np.abs(values) <= BANDS[BAND[name]].limit) & ((name != 'detection_hour') | (values > 0)), values, np.nan)
 
 def band_label(
     name: str, # Of a raw band

@@ -20,7 +20,7 @@ from ..core import ConfigError, DataError, nearest, write_json
 from .channels import BAND
 from .data import FieldBatches, FireWindows, loaded, windows_of
 from .forecaster import FireForecaster
-from .wsts import Fire, find_fires, open_fire
+from .wsts import Fire, check_values, find_fires, open_fire
 from ..geo.io import georeference, write_geotiff, write_netcdf
 from ..geo.maps import PROBABILITY, add_colorbar, draw_field, draw_locator, draw_outline, draw_scale_bar, map_axes, save_figure, terrain_shading
 from ..learn.bundle import Bundle
@@ -143,8 +143,10 @@ def open_fires(
     data: str | Path | list, # Files or folders
     bands: list[int], # Raw bands that will be read
 ) -> list[Fire]:
-    "Open fires for scoring or forecasting; raise `DataError` where there are none."
-    return [loaded(open_fire(p), bands) for p in find_fires(data)]
+    "Open fires for scoring or forecasting; raise `DataError` where there are none, and as `check_values` does."
+    fires = [loaded(open_fire(p), bands) for p in find_fires(data)]
+    for fire in fires: check_values(fire, bands)
+    return fires
 
 # %% ../../nbs/fire/20_prediction.ipynb #d2a63eb3
 def forecast_bundle(

@@ -65,6 +65,8 @@ def _transformer(source, target): return Transformer.from_crs(_crs(source), _crs
 def _spell(text):
     try: code = _crs(text).to_epsg(min_confidence=100)
     except Exception as e: raise DataError(f"'{text}' is not a coordinate reference system ({e}); use 'EPSG:n' or WKT") from e
+    if (_crs(text).is_vertical or _crs(text).is_geocentric) and not (_crs(text).is_projected or _crs(text).is_geographic):
+        raise DataError(f"'{_crs(text).name}' has no coordinates of a map; use a projected or geographic CRS, such as EPSG:32611")
     return f"EPSG:{code}" if code else _crs(text).to_wkt()
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +84,8 @@ class Grid:
         keep('transform', tuple(float(v) for v in tuple(self.transform)[:6]))
         keep('height', int(self.height)); keep('width', int(self.width)); keep('approximate', bool(self.approximate))
         a, b, c, d, e, f = self.transform
-        if b or d: raise DataError(f"the grid is turned (transform {self.transform}); warp it to an upright one first, for instance with gdalwarp")
-        if not (a > 0 and e and self.height > 0 and self.width > 0): raise DataError(f"a grid needs cells wider than 0 and at least one row and column, not {self.transform}, {self.height} x {self.width}")
+        if np.isfinite([b, d]).all() and (b or d): raise DataError(f"the grid is turned (transform {self.transform}); warp it to an upright one first, for instance with gdalwarp")
+        if not (np.isfinite(self.transform).all() and a > 0 and e and self.height > 0 and self.width > 0): raise DataError(f"a grid needs cells wider than 0 and at least one row and column, not {self.transform}, {self.height} x {self.width}")
 
     def __eq__(self, other):
         if not isinstance(other, Grid): return NotImplemented
