@@ -95,7 +95,7 @@ def check_archive(
     if unpacked > os.path.getsize(path): raise error(f'{path} unpacks to {_amount(unpacked)}, {unpacked/os.path.getsize(path):,.0f} times its size, and torch packs nothing: it is no checkpoint, do not open it')
 
 # %% ../nbs/guard.ipynb #9223456b
-NAME_LENGTH = 150 # Bytes of a folder's name; file systems end at 255, and temporary files add to it
+NAME_LENGTH = 200 # Bytes of a folder's name; file systems end at 255, and temporary files add to it
 RESERVED = re.compile(r'(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?', re.I) # Devices of Windows
 
 def check_name(
@@ -119,10 +119,11 @@ def file_name(
 def check_links(
     folder: str | Path, # That will be written to
 ):
-    "Raise `ConfigError` where something in a folder is a link."
+    "Raise `ConfigError` where something in a folder is a link that leads out of it."
     for root, folders, files in os.walk(folder):
         for path in (os.path.join(root, name) for name in (*folders, *files)):
-            if os.path.islink(path): raise ConfigError(f'{path} is a link to {os.readlink(path)}, and a run writes only into its own folder; delete the link, or choose another folder')
+            if os.path.islink(path) and not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+                raise ConfigError(f'{path} is a link to {os.readlink(path)}, and a run writes only into its own folder; delete the link, or choose another folder')
 
 # %% ../nbs/guard.ipynb #eb81ad35
 def markdown_text(
