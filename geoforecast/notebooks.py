@@ -10,7 +10,6 @@ __all__ = ['MARK', 'PARENT', 'add_run', 'find_notebook', 'read_parameters', 'dec
 # %% ../nbs/notebooks.ipynb #81b4f552
 import argparse
 import hashlib
-import html
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from .core import ConfigError, GeoforecastError, atomic_path, exclusive, nearest, project_root
 from .terminal import RunLog, absolute_path, add_command, duration, parse_value, positive, print_results, shown
+from .guard import check_links, check_name, code_text, markdown_text
 
 # %% ../nbs/notebooks.ipynb #9fd45c84
 def add_run(
@@ -132,7 +132,7 @@ def plan_run(
     given = dict(name=name or values.get('name'), output_dir=absolute_path('output_dir', output_dir or values.get('output_dir')))
     values |= {k: v for k, v in given.items() if v and k in known}
     given = {k: v or (_default(known[k]) if k in known else None) for k, v in given.items()}
-    name = given['name'] or 'run'
+    name = check_name(given['name'] or 'run')
     return Plan(path, Path(given['output_dir'] or _usual_folder(path, name)), name, values)
 
 # %% ../nbs/notebooks.ipynb #856e3b66
@@ -147,17 +147,19 @@ def changed_parameters(
 def _about(plan, facts):
     text = {'running': f"Started {facts['started']}. Where this page does not say how it ended, the run was stopped; this command goes on with it:",
             'done': f"Done {facts.get('ended')} after {facts.get('duration')}, with this command:"}
-    lines = [text[facts['status']], f'    {plan.command}'] if facts['status'] in text else [f"Started {facts['started']}, stopped after {facts['duration']}."]
-    rows = [[(str(c) or "''").replace('|', '\\|').replace('\n', ' ') for c in row] for row in changed_parameters(plan)]
+    lines = [text[facts['status']], _typed_in(plan)] if facts['status'] in text else [f"Started {facts['started']}, stopped after {facts['duration']}."]
+    rows = [[(' '.join(str(c).split()) or "''").replace('|', '\\|').replace('`', "'") for c in row[:3]] + [markdown_text(row[3])] for row in changed_parameters(plan)]
     table = ['| parameter | in this run | by default | meaning |\n|---|---|---|---|', *(f"| `{'` | `'.join(row[:3])}` | {row[3]} |" for row in rows)]
     return '\n\n'.join([*lines, '\n'.join(table) if rows else "All parameters have the notebook's own values."])
 
+def _typed_in(plan): return '\n'.join(f'    {line}' for line in plan.command.splitlines())
+
 def _note(plan, facts):
-    place = f" in section <i>{html.escape(facts['section'])}</i>" if facts['section'] else ''
+    place = f" in section <i>{markdown_text(facts['section'])}</i>" if facts['section'] else ''
     link = ' (<a href="#papermill-error-cell">the cell</a>)' if ', cell [' in facts['error'] else ''
     advice = 'Mend the cause and give the same command again' if facts['status'] == 'failed' else 'The same command goes on'
-    return (f"<div class=\"alert alert-block alert-danger\">\n\n**This run {facts['status']}**{place}{link}: <code>{html.escape(facts['error'])}</code>\n\n"
-            f'{advice}; what was trained is not trained twice:\n\n    {plan.command}\n\n</div>')
+    return (f"<div class=\"alert alert-block alert-danger\">\n\n**This run {facts['status']}**{place}{link}: {code_text(facts['error'])}\n\n"
+            f'{advice}; what was trained is not trained twice:\n\n{_typed_in(plan)}\n\n</div>')
 
 # %% ../nbs/notebooks.ipynb #ba47dd5f
 MARK = 'run-report' # Tag of the cells that are added
@@ -183,7 +185,7 @@ def begin_report(
     nb.metadata['geoforecast'] = facts
     if not (nb.cells and nb.cells[0].source.startswith('# ')): nb.cells.insert(0, new_markdown_cell(f'# {plan.path.stem}'))
     title, _, rest = nb.cells[0].source.partition('\n')
-    nb.cells[0].source = f'{title}: {plan.name}\n{rest}'
+    nb.cells[0].source = f'{title}: {markdown_text(plan.name)}\n{rest}'
     nb.cells.insert(1, new_markdown_cell(_about(plan, facts), metadata=dict(tags=[MARK])))
     _write(nb, plan.folder/'run.ipynb')
 
@@ -306,6 +308,7 @@ def run_notebook(
     for name in ('jobs', 'score', 'scheduler', 'slurm'):
         if getattr(options, name): raise ConfigError(f'--{name} goes with --sweep NAME=VALUE,VALUE, which is missing')
     plan = plan_run(options.notebook, options.parameter, options.name, options.output_dir)
+    check_links(plan.folder)
     with exclusive(plan.folder/'.lock', f'run {shown(plan.folder)}', wait=_follow()):
         if not (options.once and is_done(plan)): return carry_out(plan, options.debug)
         print(f'run {shown(plan.folder)}: done before')

@@ -30,6 +30,7 @@ from typing import Iterator
 from .core import ConfigError, atomic_path, check_choice, exclusive, project_root, require
 from .notebooks import PARENT, Plan, declared_parameters, find_notebook, is_done, plan_run, read_parameters, report_of
 from .terminal import RunLog, error_line, shown
+from .guard import check_links, check_name
 
 # %% ../nbs/sweep.ipynb #af95d30f
 def split_values(
@@ -104,7 +105,7 @@ def plan_sweep(
     name, output_dir = name or fixed.pop('name', None) or 'sweep', output_dir or fixed.pop('output_dir', None)
     parameters = [p for p in parameters if p.partition('=')[0] in fixed]
     swept = read_sweep_words(path, words, fixed)
-    folder = Path(output_dir or project_root()/'outputs'/path.stem/name).absolute()
+    folder = Path(output_dir or project_root()/'outputs'/path.stem/check_name(name)).absolute()
     typed = [[f'{k}={v}' for k, v in zip(swept, values)] for values in itertools.product(*swept.values())]
     labels = label_runs([read_parameters(path, t) for t in typed])
     plans = [plan_run(str(path), [*parameters, *t], label, str(folder/label)) for label, t in zip(labels, typed)]
@@ -220,7 +221,8 @@ def write_slurm(
 ) -> Path:
     "Write a SLURM array script."
     runs = [shlex.join([*plan.words, '--once']) for plan in sweep.plans]
-    if any('\n' in run for run in runs): raise ConfigError('a value with a line break cannot stand in a script of lines; leave the break out')
+    if any(not text.isprintable() for text in (*runs, sweep.command, sweep.path.stem, sweep.folder.name, str(path), os.getcwd())):
+        raise ConfigError('a value, a name or a folder with a line break cannot stand in a script of lines; leave the break out')
     sweep.folder.mkdir(parents=True, exist_ok=True) # SLURM does not make the folder of its logs
     start = ' '.join(f'\\"{w}\\"' if ' ' in w else shlex.quote(w) for w in START)
     text = SLURM.format(n=len(runs), task=sweep.path.stem, file=path, command=sweep.command, name=sweep.folder.name, last=len(runs) - 1, log=shlex.quote(f'{sweep.folder}/slurm_%a.log'),
@@ -240,6 +242,7 @@ def run_sweep(
     if options.slurm:
         print(f'{shown(write_slurm(sweep, options.slurm))}: {len(sweep.plans)} runs; submit with sbatch, and make the table with\n{sweep.command}')
         return 0
+    check_links(sweep.folder)
     with exclusive(sweep.folder/'.lock', f'sweep {shown(sweep.folder)}'), RunLog(sweep.folder/'sweep.log', sweep.command) as log:
         log.where = 'running'
         carry_out_sweep(sweep, log, options.jobs or 1, options.scheduler)
