@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core import BundleError, atomic_path, html_table, write_json
+from ..core import BundleError, GeoforecastError, atomic_path, html_table, write_json
 from ..guard import PlainLoader, markdown_text
 from .configuration import guard_imports
 from .ensemble import Ensemble, label
@@ -82,6 +82,7 @@ def save_bundle(
         facts = _facts(new, forecaster) | metadata
         write_json(new/'metadata.json', facts)
         (new/'model_card.md').write_text(model_card(facts, scores or []), encoding='utf-8')
+        _write_sums(new)
     return Path(folder)
 
 def _set_for_loading(options):
@@ -108,6 +109,12 @@ def _facts(folder, forecaster):
                 sha256={p.name: _digest(p) for p in sorted(folder.glob('*')) if p.suffix in ('.safetensors', '.yaml')})
 
 def _digest(path): return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+SUMS, SUMMED = 'SHA256SUMS', ('.safetensors', '.yaml', '.json') # a card is text to edit
+
+def _write_sums(folder):
+    lines = [f'{_digest(p)}  {p.name}\n' for p in sorted(folder.iterdir()) if p.suffix in SUMMED]
+    (folder/SUMS).write_text(''.join(lines), encoding='ascii')
 
 # %% ../../nbs/learn/09_bundle.ipynb #cf2ce8b7
 CARD_COLUMNS = ('model', 'split', 'ap', 'ap_lo', 'ap_hi', 'f1', 'f1_best', 'ece', 'ap_growth', 'rmse', 'rmse_lo', 'rmse_hi', 'mae', 'bias', 'csi_1', 'csi_5',
@@ -137,13 +144,26 @@ def _present(folder, name):
     if not (folder/name).is_file(): raise BundleError(f'{folder} is not a bundle: {name} is missing')
     return folder/name
 
-def _json(folder, name):
-    try: return json.loads(_present(folder, name).read_text(encoding='utf-8'))
+def _json(folder, name, kind=(dict, list)):
+    try: found = json.loads(_present(folder, name).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e: raise BundleError(f'{folder/name} is not valid JSON ({e}); copy the bundle again') from e
+    if not isinstance(found, kind): raise BundleError(f'{folder/name} holds {type(found).__name__}, needed is {kind.__name__}; copy the bundle again')
+    return found
+
+def _sums(folder, metadata):
+    "The checksums that came with a bundle; older ones have some, in their metadata."
+    if not (folder/SUMS).is_file(): return known if isinstance(known := metadata.get('sha256'), dict) else {}
+    lines = (folder/SUMS).read_text(encoding='ascii', errors='replace').splitlines()
+    found = [re.fullmatch(r'([0-9a-f]{64}) [ *]([\w.]+)', line) for line in lines]
+    if None in found: raise BundleError(f'{folder/SUMS} is damaged at line {found.index(None) + 1}; copy the bundle again')
+    found = {m[2]: m[1] for m in found}
+    lacking = sorted(p.name for p in folder.iterdir() if p.suffix in SUMMED and p.name not in found)
+    if lacking: raise BundleError(f'{folder/SUMS} has no checksum of {lacking[0]}; copy the bundle again')
+    return found
 
 def _yaml(folder, name):
     try: return yaml.load(_present(folder, name).read_text(encoding='utf-8'), PlainLoader)
-    except (ValueError, yaml.YAMLError) as e: raise BundleError(f'{folder/name} is not valid YAML ({e}); copy the bundle again') from e
+    except (ValueError, RecursionError, yaml.YAMLError) as e: raise BundleError(f'{folder/name} is not valid YAML ({e}); copy the bundle again') from e
 
 def _tensors(folder, name):
     try: return load_file(_present(folder, name))
@@ -152,16 +172,23 @@ def _tensors(folder, name):
 # %% ../../nbs/learn/09_bundle.ipynb #d3b63fe6
 def _built(build, tensors, folder):
     "Build a module in memory only after it has been built without, and is as large as the tensors that came with it."
-    with torch.device('meta'): own = _tensors_of(build())
+    try:
+        with torch.device('meta'): own = _tensors_of(build())
+    except GeoforecastError: raise
+    except Exception as e: raise BundleError(f'{folder}: its configuration builds no model ({type(e).__name__}: {e}); copy the bundle again') from e
     wrong = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
     if wrong: raise BundleError(f"{folder}: weights and configuration do not belong together, {len(wrong)} tensors differ, such as '{wrong[0]}'")
     module = build()
     module.load_state_dict(tensors, strict=False)
+    wrong = [name for name, p in module.named_parameters() if not torch.isfinite(p).all()]
+    if wrong: raise BundleError(f"{folder}: the weights '{wrong[0]}' are not finite numbers; copy the bundle again, or train anew")
     return module.eval()
 
 def _load_baselines(described, folder):
     found, tensors = {}, _tensors(folder, 'baselines.safetensors')
     for name, entry in described.items():
+        if not (isinstance(entry, dict) and isinstance(entry.get('class_path'), str) and isinstance(entry.get('init_args'), dict)):
+            raise BundleError(f"{folder/'baselines.json'}: '{name}' needs a class_path and init_args; copy the bundle again")
         build = partial(_own_class(entry['class_path'], f'{folder.name}/baselines.json'), **entry['init_args'])
         found[name] = _built(build, {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}, folder)
     return found
@@ -191,9 +218,10 @@ def load_bundle(
     folder = Path(folder)
     if folder.is_file(): raise BundleError(f'{folder} is a file; a bundle is a folder with model.safetensors and config.yaml, such as outputs/fire/demo/bundle')
     if (folder/'bundle').is_dir(): folder = folder/'bundle'
-    metadata, baselines, scores = (_json(folder, f'{n}.json') for n in ('metadata', 'baselines', 'scores'))
-    for name, digest in metadata.get('sha256', {}).items():
-        if _digest(_present(folder, name)) != digest: raise BundleError(f'{folder/name} is damaged: its checksum is not the one it was written with; copy the bundle again')
+    metadata, baselines, scores = (_json(folder, f'{n}.json', kind) for n, kind in (('metadata', dict), ('baselines', dict), ('scores', list)))
+    for name, digest in _sums(folder, metadata).items():
+        if _digest(_present(folder, name)) != digest: raise BundleError(f'{folder/name} is damaged: its checksum is not the one it was written with; copy the bundle again, or run `sha256sum *.json *.yaml *.safetensors > {SUMS}` in it after a change that you want')
+    if not isinstance(metadata.get('task', ''), str) or not all(isinstance(row, dict) for row in scores): raise BundleError(f"{folder}: 'task' in metadata.json is no word, or scores.json no list of rows; copy the bundle again")
     config = _yaml(folder, 'config.yaml')
     forecaster = _built(lambda: _build(config, folder), _tensors(folder, 'model.safetensors'), folder)
     return Bundle(folder, forecaster, config, metadata, _load_baselines(baselines, folder), scores)
