@@ -17,6 +17,7 @@ from .prediction import day_of, focus
 from .wsts import Fire
 from ..geo.io import georeference
 from ..geo.maps import OKABE_ITO, draw_categories, draw_locator, draw_outline, draw_scale_bar, map_axes
+from ..guard import figure_text
 from ..learn.metrics import scores_at
 
 # %% ../../nbs/fire/23_decision.ipynb #761be03e
@@ -85,6 +86,6 @@ def decision_map(
     if (fire.dates == fire.dates[day] + 1).any() and not fire.missing[day + 1]:
         burned = draw_outline(ax, show(fire.mask(slice(day + 1, day + 2))[0], 'fire'), '#0072B2', 'what burned', 1.2)
         ax.legend(handles=[*ax.get_legend().legend_handles, burned], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
-    ax.set_title(f"{fire.name}: decisions for {str(probability.time.values)[:10]}\nacting costs {cost_ratio:.0%} of what it saves", fontsize=10)
+    ax.set_title(f"{figure_text(fire.name)}: decisions for {str(probability.time.values)[:10]}\nacting costs {cost_ratio:.0%} of what it saves", fontsize=10)
     draw_scale_bar(ax); draw_locator(ax)
     return fig

@@ -25,6 +25,7 @@ from .channels import BAND, FireInputs
 from .data import FieldBatches, FireWindows, windows_of
 from .forecaster import FireForecaster
 from .models import BoxBlur, Logistic, Persistence
+from ..guard import figure_text, file_name
 from .prediction import forecast_bundle, forecasts, open_fires, write_forecast
 from ..geo.maps import save_figure
 from ..learn.bundle import Bundle, save_bundle
@@ -240,7 +241,7 @@ def draw_scores(
     for y, r in enumerate(shown):
         ax.barh(y, r['ap'], color='#0072B2' if y == len(shown) - 1 else '0.75')
         if 'ap_lo' in r: ax.plot([r['ap_lo'], r['ap_hi']], [y, y], color='k')
-    ax.set(yticks=range(len(shown)), yticklabels=[f"{r['model']}\n{r['ap']:.3f}" for r in shown], xlim=(0, None), xlabel='average precision, 95% interval', title=f'{split}: {shown[0]["n"]} forecasts')
+    ax.set(yticks=range(len(shown)), yticklabels=[f"{figure_text(r['model'])}\n{r['ap']:.3f}" for r in shown], xlim=(0, None), xlabel='average precision, 95% interval', title=f'{split}: {shown[0]["n"]} forecasts')
     return ax
 
 def draw_run(
@@ -267,7 +268,7 @@ def write_predictions(
     tensors = {}
     for k, (fire, probability) in enumerate(forecasts(run.forecaster, dataset, run.datamodule.eval_batch_size)):
         share = len(range(k, maps, len(fires)))
-        write_forecast(run.folder if len(fires) == 1 else run.folder/'predictions'/fire.name, fire, probability, share)
+        write_forecast(run.folder if len(fires) == 1 else run.folder/'predictions'/file_name(fire.name), fire, probability, share)
         days = np.searchsorted(fire.dates, probability.forecast_reference_time.values.astype('datetime64[D]'))
         masks = fire.mask()
         tensors[fire.name] = torch.from_numpy(np.stack([masks[days], masks[days + 1], probability.values]).astype(np.float32))

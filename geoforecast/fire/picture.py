@@ -27,6 +27,7 @@ from .data import present_channels
 from .wsts import Fire
 from ..geo.io import georeference
 from ..geo.maps import FIRE, HALO, PROBABILITY, add_colorbar, category_colors, draw_field, draw_scale_bar, map_axes, terrain_shading
+from ..guard import figure_text
 from ..learn.metrics import scores_at
 
 # %% ../../nbs/fire/25_picture.ipynb #7eea83c0
@@ -293,7 +294,7 @@ def show_day(self: FireFigure,
     for artist in (self.arrows, self.key): artist.set_visible(wind)
     if wind: self._show_wind(day)
     seen = f'{burns.sum():,} cells burn' if np.isfinite(self.hours[day]).any() else 'nothing was observed'
-    self.maps[0].set_title(f"{self.fire.name}, {self.fire.dates[day]}: {seen}{'; position approximate' if self.fire.grid.approximate else ''}", fontsize=9)
+    self.maps[0].set_title(f"{figure_text(self.fire.name)}, {self.fire.dates[day]}: {seen}{'; position approximate' if self.fire.grid.approximate else ''}", fontsize=9)
 
 @patch
 def after(self: FireFigure,

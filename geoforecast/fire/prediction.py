@@ -23,6 +23,7 @@ from .forecaster import FireForecaster
 from .wsts import Fire, check_values, find_fires, open_fire
 from ..geo.io import georeference, write_geotiff, write_netcdf
 from ..geo.maps import PROBABILITY, add_colorbar, draw_field, draw_locator, draw_outline, draw_scale_bar, map_axes, save_figure, terrain_shading
+from ..guard import figure_text
 from ..learn.bundle import Bundle
 from ..learn.ensemble import Ensemble
 from ..learn.forecaster import Batch
@@ -101,7 +102,7 @@ def draw_prediction(
     seen = [d for d in np.flatnonzero(~fire.missing) if fire.dates[d] in (fire.dates[day], fire.dates[day] + 1)]
     handles = [draw_outline(ax, show(fire.mask(slice(d, d + 1))[0], 'fire'), color, f'burning on {fire.dates[d]}', 1.) for d, color in zip(seen, ('#0072B2', '#000000'))]
     ax.legend(handles=handles, loc='lower right', fontsize=8, framealpha=.9)
-    ax.set_title(f"{fire.name}: forecast for {str(probability.time.values)[:10]}", fontsize=10)
+    ax.set_title(f"{figure_text(fire.name)}: forecast for {str(probability.time.values)[:10]}", fontsize=10)
     return image
 
 def prediction_map(

@@ -154,6 +154,7 @@ def _describe(path, file, crs, origin):
     dates = parse_dates(np.atleast_1d(attrs['img_dates']), path)
     check_layout(path, dataset.shape, dates)
     name, year = _text(attrs.get('fire_name', path.stem)), _text(attrs.get('year', str(dates[0])[:4]))
+    if not (name.isprintable() and len(name) <= 200): raise DataError(f"{path}: attribute 'fire_name' must be one line of up to 200 signs, not {name[:40]!r}")
     if not re.fullmatch(r'\d{4}', year): raise DataError(f"{path}: attribute 'year' must be a year such as 2020, not '{year}'")
     grid = _locate(path, attrs, dataset.shape[2:], crs, origin)
     if abs(int(year) - int(str(dates[0])[:4])) > 1: raise DataError(f"{path}: attribute 'year' says {year}, but the first day is {dates[0]}; mend one of them")

@@ -26,6 +26,7 @@ from ..learn.bundle import Bundle, save_bundle
 from ..learn.ensemble import Ensemble, label
 from ..learn.forecaster import Batch
 from ..learn.launch import Run
+from ..guard import figure_text
 from ..learn.metrics import ScoreTable, score_key, score_table
 from ..learn.resample import bootstrap, bootstrap_difference
 from .atmosphere import open_atmosphere
@@ -200,7 +201,7 @@ def draw_scores(
         color = '#0072B2' if r is shown[-1] else '0.5'
         if f'{score}_lo' in r: ax.plot([r[f'{score}_lo'], r[f'{score}_hi']], [y, y], color=color, linewidth=3)
         ax.plot(r[score], y, 'o', color=color)
-    ax.set(yticks=range(len(shown)), yticklabels=[f"{r['model']}  {r[score]:.3f}" for r in shown], xlabel=f"{_name(score)}{_unit(score) and f' ({_unit(score).strip()})'}, 95% interval",
+    ax.set(yticks=range(len(shown)), yticklabels=[f"{figure_text(r['model'])}  {r[score]:.3f}" for r in shown], xlabel=f"{_name(score)}{_unit(score) and f' ({_unit(score).strip()})'}, 95% interval",
            title=f"{split}: {shown[0]['n']} forecasts")
     return ax
 

@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 
 from ..core import ConfigError, DataError, atomic_path, check_choice
 from ..geo.maps import category_colors
+from ..guard import figure_text
 
 # %% ../../nbs/segmentation/01_classes.ipynb #ed7dd6c1
 IGNORE = 255 # Pixels without a class, from file to score
@@ -38,6 +39,8 @@ class ClassMapping:
     def __post_init__(self):
         if self.thresholds is None: object.__setattr__(self, 'thresholds', (None,)*len(self))
         if not 1 <= len(self) <= IGNORE: raise DataError(f"a mask tells 1 to {IGNORE} classes apart, not {len(self)}")
+        wrong = next((str(n) for n in self.names if not (str(n).isprintable() and len(str(n)) <= 200)), None)
+        if wrong: raise DataError(f"the class name {wrong[:40]!r} cannot be shown: a name is one line of up to 200 signs")
         for what, values in (('name', self.names), ('colour', (*self.colours, *filter(None, [self.ignore_colour])))): _once(what, values)
 
 def _once(what, values):
@@ -87,6 +90,7 @@ def _rows(path):
     "The file's rows as dicts of text, each with its line number."
     try: text = path.read_text(encoding='utf-8-sig')
     except FileNotFoundError: raise DataError(f"{path} does not exist; write a table with the columns id, name, colour") from None
+    except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e: raise DataError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as CSV UTF-8") from e
     first = text.split('\n', 1)[0]
     reader = csv.reader(text.splitlines(), delimiter=max(',;\t', key=first.count), skipinitialspace=True)
@@ -252,7 +256,7 @@ def legend(self: ClassMapping,
 ): # `ax`
     "List the classes with their colours beside a map."
     present = range(len(self)) if ids is None else [i for i in np.unique(ids) if i < len(self)]
-    handles = [Patch(color=self.palette[i]/255, label=self.names[i]) for i in present]
+    handles = [Patch(color=self.palette[i]/255, label=figure_text(self.names[i])) for i in present]
     if ids is not None and IGNORE in np.unique(ids): handles.append(Patch(facecolor=self.palette[IGNORE]/255, edgecolor='#888888', label='no class'))
     ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax

@@ -28,6 +28,7 @@ from ..learn.metrics import ScoreTable, draw_reliability, score_table, scores_of
 from .classes import ClassMapping, read_classes
 from .data import loader_of
 from .mosaic import choose_bands, forecast_bundle, predict_scene
+from ..guard import figure_text
 from .scores import confidence_histogram, draw_confusion, intervals, iou_of, miou_of, state_scores, tables_of, tile_states, units_of
 from .supervised import Learner
 from .tiles import Tile, find_scenes, tiles_of
@@ -177,7 +178,7 @@ def draw_pseudo_labels(
     seen = [r for r in metrics if 'train/pseudo_0' in r]
     if seen:
         shares = [[100*r.get('train/accept_rate', 1.)*r.get(f'train/pseudo_{i}', 0.) for r in seen] for i in range(len(mapping))]
-        ax.stackplot([r['step'] for r in seen], shares, colors=mapping.palette[:len(mapping)]/255, labels=mapping.names)
+        ax.stackplot([r['step'] for r in seen], shares, colors=mapping.palette[:len(mapping)]/255, labels=list(map(figure_text, mapping.names)))
         ax.set(xlabel='step', ylabel='% of the unlabelled pixels', ylim=(0, 100), title='Pseudo-labels')
     else:
         for key, color, name in (('train/total_loss', '0.4', 'training, augmented'), ('val/loss', '#0072B2', 'validation')):
@@ -203,7 +204,7 @@ def draw_classes(
     for y, r in enumerate(shown):
         ax.barh(y, r.get('iou', 0), color='#56B4E9' if r['trained'] else '0.8')
         if 'iou_lo' in r: ax.plot([r['iou_lo'], r['iou_hi']], [y, y], color='k')
-    names = [f"{r['class']}  " + ('not there' if 'iou' not in r else f"{r['iou']:.2f}" if r['trained'] else 'never labelled') for r in shown]
+    names = [f"{figure_text(r['class'])}  " + ('not there' if 'iou' not in r else f"{r['iou']:.2f}" if r['trained'] else 'never labelled') for r in shown]
     ax.set(yticks=range(len(shown)), yticklabels=names, xlim=(0, 1), xlabel='IoU, 95% interval', title=f'Classes, {split}')
     return ax
 

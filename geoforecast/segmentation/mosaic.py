@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..core import ConfigError, DataError, atomic_path, write_json
 from ..geo.maps import add_colorbar, draw_scale_bar, map_axes, projection_of, save_figure
+from ..guard import figure_text
 from ..learn.bundle import Bundle
 from ..learn.ensemble import Ensemble
 from ..learn.forecaster import Forecaster
@@ -273,7 +274,7 @@ def scene_map(
     axes[1].imshow(mapping.to_colours(ids), **place)
     mapping.legend(axes[1], ids)
     add_colorbar(axes[2].imshow(sure, vmin=0, vmax=1, cmap='viridis', **place), axes[2], 'probability of the class')
-    for ax, title in zip(axes, (scene.name, 'land cover', 'confidence')): ax.set_title(title, fontsize=10)
+    for ax, title in zip(axes, (figure_text(scene.name), 'land cover', 'confidence')): ax.set_title(title, fontsize=10)
     if upright: draw_scale_bar(axes[0])
     return fig
 

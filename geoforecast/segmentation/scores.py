@@ -16,6 +16,7 @@ from torch.nn.functional import max_pool2d, pad
 from torchmetrics import Metric
 
 from ..core import DataError
+from ..guard import figure_text
 from ..learn.metrics import N_BINS, histogram_of, scores_of
 from ..learn.resample import bootstrap
 from .classes import IGNORE, ClassMapping
@@ -68,7 +69,8 @@ def draw_confusion(
     for (i, j), value in np.ndenumerate(share):
         if value >= .5: ax.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=8, color='w' if value > 60 else 'k')
     ax.set(xticks=range(len(c)), yticks=range(len(c)), xlabel='called', ylabel='truth', title='Confusion')
-    ax.set_xticklabels(mapping.names, rotation=40, ha='right'); ax.set_yticklabels(mapping.names)
+    names = list(map(figure_text, mapping.names))
+    ax.set_xticklabels(names, rotation=40, ha='right'); ax.set_yticklabels(names)
     ax.figure.colorbar(image, ax=ax, label='% of the class')
     return ax
 

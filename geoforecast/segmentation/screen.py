@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..core import BundleError
 from ..geo.maps import central_longitude, projection_of
+from ..guard import check_archive
 from ..learn.bundle import load_bundle
 from ..learn.launch import run_folder
 from .active import uncertainty
@@ -223,6 +224,7 @@ def mean_iou(
 
 # %% ../../nbs/segmentation/26_screen.ipynb #4d47ca09
 def _state(path):
+    check_archive(path, BundleError)
     try: return torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except Exception as e: raise BundleError(f"checkpoint {path} cannot be read ({(str(e).splitlines() or [type(e).__name__])[0][:120]}); copy it again, or delete it") from e
 
