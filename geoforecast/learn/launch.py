@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import warnings
+import zipfile
 from dataclasses import dataclass, fields
 from importlib import import_module
 from itertools import count
@@ -27,6 +28,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
 from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, html_table, project_root, quiet_libraries, require, see
+from ..guard import check_archive
 from .callbacks import EpochReport, LatestCheckpoint, read_metrics
 from .configuration import RunOptions, compose
 from .forecaster import Forecaster
@@ -146,15 +148,27 @@ class Run:
         return html_table(rows)
 
 # %% ../../nbs/learn/07_launch.ipynb #48738af7
+WHOLE = ('epoch', 'global_step', 'loops', 'callbacks', 'optimizer_states', 'lr_schedulers') # what a training goes on from, beside the weights
+
 def _checkpoint(path):
-    try: return torch.load(path, map_location='cpu', weights_only=True)['state_dict']
+    try:
+        check_archive(path)
+        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
+        if damaged: raise ValueError(f'the checksum of {damaged} is not the one it was written with') # which torch does not look at
+        found = torch.load(path, map_location='cpu', weights_only=True)
+        if not all(isinstance(v, torch.Tensor) for v in found['state_dict'].values()): raise ValueError('its state_dict holds other things than tensors')
+        return found
+    except GeoforecastError: raise
     except Exception as e:
         reason = (str(e).splitlines() or [type(e).__name__])[0][:120]
         raise ConfigError(f'checkpoint {path} cannot be read ({reason}); it is damaged or no checkpoint of this library: copy it again, or delete it to start anew') from e
 
 @patch
-def _fitting(self: Run, path):
-    state, own = _checkpoint(path), self.forecaster.state_dict()
+def _fitting(self: Run, path, whole=False):
+    found, own = _checkpoint(path), self.forecaster.state_dict()
+    lacking = [k for k in WHOLE if k not in found]
+    if whole and lacking: raise ConfigError(f"checkpoint {path} holds no {', '.join(lacking[:3])}, so no training can go on from it; delete it to start anew")
+    state = found['state_dict']
     wrong = sorted(k for k in set(own) | set(state) if k not in own or k not in state or own[k].shape != state[k].shape)
     if wrong: raise ConfigError(f"checkpoint {path} is of another model: {len(wrong)} of {len(own)} tensors differ, such as '{wrong[0]}'; use the cli_config.yaml beside it")
     return state
@@ -173,7 +187,7 @@ def load(self: Run,
 def fit(self: Run) -> Run: # itself, with the best weights loaded
     "Train to the end, then load the best checkpoint; raise `ConfigError` with the knobs to turn when memory runs out."
     self.forecaster.train()
-    if self.ckpt_path: self._fitting(self.ckpt_path)
+    if self.ckpt_path: self._fitting(self.ckpt_path, whole=True)
     warnings.filterwarnings('ignore', 'The dirpath has changed') # a start from the checkpoint of another run
     for logger in self.trainer.loggers: logger.log_hyperparams(self.config)
     try: self.trainer.fit(self.forecaster, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
@@ -227,7 +241,7 @@ def _completed(config):
 
 def _start_of(folder, text, given):
     latest, before = folder/'checkpoints'/'latest.ckpt', folder/'cli_config.yaml'
-    if latest.exists() and before.exists() and before.read_text(encoding='utf-8') == text: return latest
+    if latest.exists() and before.exists() and before.read_text(encoding='utf-8', errors='replace') == text: return latest
     if given or not latest.exists(): return Path(given) if given else None
     n = next(i for i in count(1) if not (folder/f'checkpoints_{i}').exists())
     os.replace(folder/'checkpoints', folder/f'checkpoints_{n}')
