@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from ..core import atomic_path
+from ..core import DataError, atomic_path
 
 # %% ../../nbs/learn/04_callbacks.ipynb #0100d254
 def weight_average(
@@ -53,10 +53,16 @@ class LatestCheckpoint(Checkpoint):
 def read_metrics(
     path: str | Path, # A `metrics.csv`; absent is the same as empty
 ) -> list[dict]: # One dict an epoch, numbers as numbers
-    "Read the table that `EpochReport` keeps."
+    "Read the table that `EpochReport` keeps; raise `DataError` where it is damaged."
     if not Path(path).exists(): return []
-    with open(path, newline='') as f:
-        return [{k: int(v) if k in ('epoch', 'step') else float(v) for k, v in r.items() if v != ''} for r in csv.DictReader(f)]
+    rows = []
+    try:
+        with open(path, newline='', encoding='utf-8') as f:
+            for r in (reader := csv.DictReader(f)):
+                rows.append({k: int(v) if k in ('epoch', 'step') else float(v) for k, v in r.items() if v != ''})
+                if not {'epoch', 'step'} <= set(rows[-1]): raise ValueError('no epoch or no step')
+    except (OSError, ValueError, TypeError, csv.Error) as e: raise DataError(f'{path}: damaged after {len(rows)} epochs ({e}); mend or delete it') from e
+    return rows
 
 # %% ../../nbs/learn/04_callbacks.ipynb #75e194b0
 def _keep_row(path, row):
@@ -95,7 +101,9 @@ class EpochReport(Checkpoint):
         self.path, self.shown, self.quiet = Path(folder)/'metrics.csv', shown, quiet
         self.log_path = self.path.with_name('training.log')
 
-    def on_train_start(self, trainer, pl_module): self.began, self.first = time.perf_counter(), trainer.current_epoch
+    def on_train_start(self, trainer, pl_module):
+        read_metrics(self.path) # a damaged table is said before an epoch is lost to it
+        self.began, self.first = time.perf_counter(), trainer.current_epoch
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.started = self.ready = time.perf_counter()
