@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .core import ConfigError, atomic_path, write_json
+from .core import ConfigError, DataError, atomic_path, write_json
+from .guard import read_json
 from .geo.maps import save_figure
 from .learn.metrics import PARTS, ScoreTable, score_key, score_table
 from .notebooks import Plan, is_done, report_of
@@ -26,15 +27,20 @@ def read_scores(
 ) -> tuple[dict, dict, list[dict]]: # Test and validation row of the network, test rows of the baselines; empty where there are none
     "Read what a run has scored."
     file = next((f for f in (folder/'bundle'/'scores.json', folder/'scores.json', folder/'comparison.json') if f.is_file()), None)
-    rows = json.loads(file.read_text(encoding='utf-8')) if file else []
-    if isinstance(rows, dict): rows = [dict(model=name, split='test') | {r['score']: r[name] for r in rows['scores']} for name in reversed(rows['names'])]
-    rows = [r for r in rows if not set(PARTS) & set(r)]
+    try: rows = [r for r in _rows(read_json(file) if file else []) if r['model'] and r['split'] and not set(PARTS) & set(r)]
+    except (KeyError, TypeError, AttributeError) as e: raise DataError(f'{file}: no rows of scores ({type(e).__name__}: {e}); delete it and run again') from e
     test = [r for r in rows if r['split'] == 'test'] or [r for r in rows if r['split'] == 'val']
     if not test: return {}, {}, []
     validation = next((r for r in rows if r['split'] == 'val' and r['model'] == test[-1]['model']), {})
     names = folder/'bundle'/'baselines.json'
-    known = json.loads(names.read_text(encoding='utf-8')) if names.is_file() else [r['model'] for r in test[:-1]]
+    known = read_json(names) if names.is_file() else [r['model'] for r in test[:-1]]
+    if not isinstance(known, (dict, list)): raise DataError(f'{names}: no names of baselines; delete it and run again')
     return test[-1], validation, [r for r in test if r['model'] in known]
+
+def _rows(found):
+    "Rows of scores.json, and those of a comparison."
+    if isinstance(found, list): return found
+    return [dict(model=name, split='test') | {r['score']: r[name] for r in found['scores']} for name in reversed(found['names'])]
 
 # %% ../nbs/sweep_scores.ipynb #fe3638d5
 MAIN = ('ap', 'miou', 'rmse')
@@ -74,7 +80,7 @@ def gather(
 def _status(plan):
     "What became of a run; what an earlier run with other parameters left in its folder does not count."
     facts = report_of(plan.folder)
-    if facts.get('parameters') != plan.values or (facts['status'] == 'done' and not is_done(plan)): facts = {}
+    if facts.get('parameters') != plan.values or (facts.get('status') == 'done' and not is_done(plan)): facts = {}
     return dict(name=plan.name, status=facts.get('status', 'not started'), error=facts.get('error', ''), duration=facts.get('duration', ''))
 
 def _merged(rows, score, swept):
@@ -176,4 +182,5 @@ def read_results(
     "Read `sweep.json`; raise `ConfigError` where it is missing."
     file = Path(folder)/'sweep.json'
     if not file.is_file(): raise ConfigError(f'{file} does not exist; the command of the sweep writes it when it ends')
-    return SweepScores(**{k: v for k, v in json.loads(file.read_text(encoding='utf-8')).items() if k != 'over_seeds'})
+    try: return SweepScores(**{k: v for k, v in read_json(file).items() if k != 'over_seeds'})
+    except (TypeError, AttributeError) as e: raise DataError(f'{file}: no results of a sweep ({e}); run the sweep again') from e
