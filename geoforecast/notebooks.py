@@ -210,15 +210,15 @@ def report_of(
     folder: str | Path, # A run's
 ) -> dict: # status, parameters, source, started, ended, duration, section, error; empty where there is none
     "Read how a run ended."
-    try: return json.loads((Path(folder)/'run.ipynb').read_text(encoding='utf-8'))['metadata'].get('geoforecast', {})
-    except (OSError, ValueError, KeyError): return {} # a process that was killed may leave half a file
+    try: return dict(json.loads((Path(folder)/'run.ipynb').read_text(encoding='utf-8'))['metadata'].get('geoforecast', {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError): return {} # a process that was killed may leave half a file
 
 def is_done(
     plan: Plan,
 ) -> bool:
     "Tell whether this very run, the same code with the same parameters, has ended well."
     facts = report_of(plan.folder)
-    return facts.get('status') == 'done' and facts['parameters'] == plan.values and facts['source'] == _digest(_read(plan.path))
+    return facts.get('status') == 'done' and facts.get('parameters') == plan.values and facts.get('source') == _digest(_read(plan.path))
 
 # %% ../nbs/notebooks.ipynb #e923b7b7
 def place_of(
