@@ -14,16 +14,18 @@ import difflib
 import importlib
 import inspect
 import os
+import signal
 import sys
+import threading
 import traceback
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Iterable
 
 import yaml
 
-from .core import BundleError, ConfigError, DataError, nearest, project_root, write_json
+from .core import BundleError, ConfigError, DataError, exclusive, nearest, project_root, write_json
 from .doctor import print_health
 from .notebooks import add_run
 from .terminal import Parser, absolute_path, add_command, date, error_line, positive, print_results, quiet, shown
@@ -162,7 +164,7 @@ def best_checkpoint(
     folder: Path, # The run's
 ) -> Path: # A checkpoint
     "Find a run's best checkpoint, or its latest; raise `ConfigError` where it has none."
-    found = sorted((folder/'checkpoints').glob('*.ckpt'), key=lambda p: (p.name != 'latest.ckpt', p.stat().st_mtime))
+    found = sorted((p for p in (folder/'checkpoints').glob('*.ckpt') if not p.name.startswith('checkpoint_')), key=lambda p: (p.name != 'latest.ckpt', p.stat().st_mtime))
     if not found: raise ConfigError(f'there is no checkpoint in {shown(folder)}/checkpoints; train with `geoforecast fit`, or name one with --ckpt_path')
     return found[-1]
 
@@ -170,9 +172,7 @@ def best_checkpoint(
 def fit(task: str, run):
     "Train a run and report it."
     print(f'run {shown(run.folder)}', flush=True)
-    try: run.fit()
-    except SystemExit as e: raise KeyboardInterrupt from e # Lightning exits when it is interrupted
-    rows = evaluation_of(task).report(run)
+    with exclusive(run.folder/'.lock', f'run {shown(run.folder)}'): rows = evaluation_of(task).report(run.fit())
     print_scores(task, rows)
     print_results(run.folder)
 
@@ -341,6 +341,18 @@ def build_parser() -> Parser:
     return parser
 
 # %% ../nbs/cli.ipynb #c9cea08f
+@contextmanager
+def _stopped_by_schedulers():
+    "Take the signal that schedulers send before they kill as Ctrl-C; processes that this one forks die of it, as usual."
+    own = os.getpid()
+    def stop(number, frame):
+        if os.getpid() != own: os._exit(128 + number)
+        raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    before = signal.signal(signal.SIGTERM, stop)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 def main(
     words: list[str] | None = None, # What follows `geoforecast`; the command line by default
 ) -> int: # Exit status: 0 done, 1 failed, 2 input that does not fit, 130 interrupted
@@ -348,7 +360,7 @@ def main(
     words = list(sys.argv[1:] if words is None else words)
     debug = '--debug' in words
     try:
-        with nullcontext() if debug else quiet(): return _dispatch([w for w in words if w != '--debug'] + ['--debug']*(debug and len(words) > 1))
+        with _stopped_by_schedulers(), nullcontext() if debug else quiet(): return _dispatch([w for w in words if w != '--debug'] + ['--debug']*(debug and len(words) > 1))
     except KeyboardInterrupt:
         print('\ninterrupted; the same command goes on from the last whole epoch, or starts again where nothing was trained', file=sys.stderr)
         return 130

@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import ConfigError, GeoforecastError, atomic_path, exclusive, nearest, project_root
-from .terminal import RunLog, absolute_path, add_command, duration, parse_value, positive, print_results, shown
+from .core import ConfigError, GeoforecastError, advice, atomic_path, exclusive, nearest, project_root
+from .terminal import RunLog, absolute_path, add_command, duration, parse_value, positive, print_results, shown, written
 from .guard import check_links, check_name, code_text, markdown_text
 
 # %% ../nbs/notebooks.ipynb #9fd45c84
@@ -255,12 +255,21 @@ def execute(
     "Run a notebook in place with its output shown; raise `NotebookFailed` naming cell and error."
     import papermill
     papermill.engines.papermill_engines.register('watched', _watched(progress))
+    papermill.iorw.papermill_io.register(str(path), _whole())
     try: papermill.execute_notebook(str(path), str(path), values, engine_name='watched', progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
                                     extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:
-        raise NotebookFailed(f"{name}, cell [{e.exec_count}] failed: {e.ename}: {' '.join(str(e.evalue).split())[:400]}") from e
+        text = ' '.join(str(e.evalue).split())
+        raise NotebookFailed(f"{name}, cell [{e.exec_count}] failed: {e.ename}: {advice(e.ename, text) or text[:400]}") from e
     except RuntimeError as e: # what papermill raises when the kernel dies
         raise NotebookFailed(f"{name}: the notebook's process died, most likely because memory ran out; lower batch_size, crop_size or num_workers") from e
+
+def _whole():
+    from papermill.iorw import LocalHandler
+    class Whole(LocalHandler):
+        def write(self, buf, path):
+            with atomic_path(path) as new: new.write_text(buf, encoding='utf-8')
+    return Whole()
 
 def _watched(progress):
     from papermill.engines import NBClientEngine
@@ -278,7 +287,7 @@ def carry_out(
     debug: bool = False, # Show the traceback of an error
 ) -> int: # Exit status: 1 where a cell failed
     "Run a notebook through papermill and keep it, and what it prints, in the run's folder."
-    since = time.time() - 2
+    before = written(plan.folder)
     with RunLog(plan.folder/'training.log', plan.command) as log:
         print(f'run {shown(plan.folder)}', flush=True)
         begin_report(plan)
@@ -295,7 +304,7 @@ def carry_out(
         end_report(plan, 'done', duration=log.elapsed)
         log.where = ''
         print(f'done, {log.elapsed}')
-        print_results(plan.folder, since)
+        print_results(plan.folder, before)
     return 0
 
 def run_notebook(

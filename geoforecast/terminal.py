@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'KEPT', 'Parser', 'check_names', 'add_command', 'positive', 'date', 'parse_value', 'absolute_path', 'shown',
-           'print_results', 'duration', 'RunLog', 'quiet', 'error_line']
+           'written', 'print_results', 'duration', 'RunLog', 'quiet', 'error_line']
 
 # %% ../nbs/terminal.ipynb #e979eb20
 import argparse
@@ -23,7 +23,7 @@ from typing import Callable, Iterable
 
 import yaml
 
-from .core import ConfigError, GeoforecastError, nearest
+from .core import ConfigError, GeoforecastError, advice, nearest
 
 # %% ../nbs/terminal.ipynb #b8bb9bf1
 class Parser(argparse.ArgumentParser):
@@ -128,14 +128,21 @@ def shown(
 # %% ../nbs/terminal.ipynb #bb9a32b2
 KEPT = ('run.ipynb', 'scores.json', 'metrics.csv', 'metadata.json', 'model_card.md', 'bundle', '*.nc', '*.tif', 'predictions*')
 
+def written(
+    folder: str | Path, # A run's, which need not exist
+) -> dict[Path, int]: # Moments of their last change, in order of their names
+    "List what lies below a folder."
+    return {p: p.stat().st_mtime_ns for p in sorted(Path(folder).rglob('*'))}
+
 def print_results(
     folder: str | Path, # Where they lie
-    since: float = 0., # Seconds since 1970; older files are left out
+    before: dict[Path, int] | None = None, # As `written` gave them; files that are still the same are left out
 ):
     "Print the paths of the files in a run's folder and of the pictures below it."
-    folder = Path(folder)
-    files = list(dict.fromkeys(p for pattern in KEPT for p in sorted(folder.glob(pattern)) if p.stat().st_mtime >= since))
-    pictures = sorted(p for p in folder.rglob('*.png') if p.stat().st_mtime >= since)
+    folder, before = Path(folder), before or {}
+    new = {p: moment for p, moment in written(folder).items() if before.get(p) != moment}
+    files = list(dict.fromkeys(p for pattern in KEPT for p in sorted(folder.glob(pattern)) if p in new))
+    pictures = [p for p in new if p.suffix == '.png']
     days, others = [p for p in files if p.suffix == '.tif'], [p for p in files if p.suffix != '.tif']
     if len(days) > 3: others.append(f'{shown(days[0])} and {len(days) - 1} more days')
     for path in [*others, *(days if len(days) <= 3 else []), *pictures[:20]]: print(path if isinstance(path, str) else shown(path))
@@ -225,6 +232,6 @@ def error_line(error: Exception) -> str: # A line
     "Say what went wrong in a line."
     text = ' '.join(str(error).split())
     if isinstance(error, GeoforecastError): return text
+    if told := advice(type(error).__name__, text): return told
     if isinstance(error, OSError): return f'{error.filename}: {error.strerror}' if error.filename else text
-    if isinstance(error, MemoryError): return 'the memory ran out; lower the batch size, the size of the crops or the number of workers'
     return f'{type(error).__name__}: {text[:300]}; this should not happen, --debug shows where it did'

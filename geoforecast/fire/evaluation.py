@@ -8,7 +8,6 @@ __all__ = ['BLUR_WIDTHS', 'KEPT', 'LIMITS', 'predictors_of', 'Tally', 'tally', '
            'write_predictions', 'describe', 'report', 'score_bundle']
 
 # %% ../../nbs/fire/21_evaluation.ipynb #9a15b3a1
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core import DataError, GeoforecastError, atomic_path, write_json
+from ..core import DataError, GeoforecastError, atomic_path
 from .channels import BAND, FireInputs
 from .data import FieldBatches, FireWindows, windows_of
 from .forecaster import FireForecaster
@@ -28,7 +27,7 @@ from .models import BoxBlur, Logistic, Persistence
 from ..guard import figure_text, file_name
 from .prediction import forecast_bundle, forecasts, open_fires, write_forecast
 from ..geo.maps import save_figure
-from ..learn.bundle import Bundle, save_bundle
+from ..learn.bundle import Bundle, save_results
 from ..learn.ensemble import Ensemble, label
 from ..learn.forecaster import Batch
 from ..learn.launch import Run
@@ -309,10 +308,7 @@ def report(
     rows += score_rows(tested, 'test', data.protocol_name, thresholds)
     rows = sorted(rows, key=lambda r: bool({'fire', 'year', 'day'} & set(r)))
     metadata = describe(run, thresholds)
-    write_json(run.folder/'scores.json', rows)
-    save_bundle(run.folder/'bundle', forecaster, run.config, metadata, baselines, rows)
-    write_json(run.folder/'metadata.json', json.loads((run.folder/'bundle'/'metadata.json').read_text()))
-    (run.folder/'model_card.md').write_bytes((run.folder/'bundle'/'model_card.md').read_bytes())
+    save_results(run.folder, forecaster, run.config, metadata, baselines, rows)
     save_figure(run.folder/'figures'/'scores.png', draw_run(chosen or run, rows, tested))
     print('writing forecasts ...', flush=True)
     write_predictions(run, maps)

@@ -161,7 +161,9 @@ def _called(self: Forecaster, network, raw, time):
 @patch
 def _score(self: Forecaster, batch, stage, metrics):
     output, _ = self._main(self.predictor, batch.inputs, batch.time)
-    self.log(f'{stage}/loss', self.loss(output, batch.target, batch.valid), on_epoch=True, batch_size=len(batch.target), sync_dist=True)
+    loss = self.loss(output, batch.target, batch.valid)
+    if not torch.isfinite(loss): self._refuse(batch, f'{stage}/loss')
+    self.log(f'{stage}/loss', loss, on_epoch=True, batch_size=len(batch.target), sync_dist=True)
     metrics.update(self.prediction(output), batch.target, batch.valid)
 
 @patch
@@ -194,9 +196,9 @@ def training_step(self: Forecaster, batch: Batch, batch_idx: int) -> Tensor:
     return total
 
 @patch
-def _refuse(self: Forecaster, batch):
+def _refuse(self: Forecaster, batch, what='the loss'):
     times = sorted({str(np.datetime64(int(t), 's').astype('datetime64[D]')) for t in batch.time[:, -1]})
-    raise GeoforecastError(f"the loss is not a finite number at step {self.global_step}, in a batch of {', '.join(times[:5])}; "
+    raise GeoforecastError(f"{what} is not a finite number at step {self.global_step}, in a batch of {', '.join(times[:5])}; "
                            f"lower learning_rate or gradient_clip_val, or look for extreme values on those dates{see(type(self).__module__, 'nan-loss')}")
 
 # %% ../../nbs/learn/05_forecaster.ipynb #cdd296bc

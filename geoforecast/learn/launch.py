@@ -12,6 +12,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from importlib import import_module
 from itertools import count
@@ -27,9 +28,9 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch import nn
 
-from ..core import ConfigError, GeoforecastError, atomic_path, check_choice, html_table, project_root, quiet_libraries, require, see
+from ..core import ConfigError, GeoforecastError, advice, atomic_path, check_choice, exclusive, html_table, project_root, quiet_libraries, require, see
 from ..guard import check_archive
-from .callbacks import EpochReport, LatestCheckpoint, read_metrics
+from .callbacks import EpochReport, LatestCheckpoint, WholeCheckpoints, read_metrics
 from .configuration import RunOptions, compose
 from .forecaster import Forecaster
 from .metrics import score_key
@@ -95,7 +96,7 @@ class ForecastCLI(LightningCLI):
                      EpochReport(self.folder, quiet=self.config['log_level'] == 'warning'), LatestCheckpoint(folder, self.config['checkpoint_frequency'])]
         if self.config['keep_every']: callbacks.insert(1, ModelCheckpoint(folder, 'checkpoint_epoch_{epoch}', every_n_epochs=self.config['keep_every'], save_top_k=-1, **names))
         if patience: callbacks.insert(0, Patience(monitor, patience=patience, mode=mode))
-        own = dict(logger=loggers_of(self.config['logger'], self.folder, self.config['wandb_project']), enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10, use_distributed_sampler=False)
+        own = dict(logger=loggers_of(self.config['logger'], self.folder, self.config['wandb_project']), plugins=[WholeCheckpoints()], enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=10, use_distributed_sampler=False)
         self.trainer_defaults['callbacks'] = callbacks
         return super().instantiate_trainer(**{k: v for k, v in own.items() if self.config['trainer'][k] in (None, True)} | kwargs)
 
@@ -183,20 +184,28 @@ def load(self: Run,
     return self
 
 # %% ../../nbs/learn/07_launch.ipynb #cddb2285
+def _held(folder, trainer):
+    "Keep other processes out of a run's folder; those that train together with the first one may enter."
+    return exclusive(folder/'.training.lock', f'run {folder}') if trainer.is_global_zero else nullcontext()
+
 @patch
 def fit(self: Run) -> Run: # itself, with the best weights loaded
-    "Train to the end, then load the best checkpoint; raise `ConfigError` with the knobs to turn when memory runs out."
+    "Train to the end, then load the best checkpoint; raise `ConfigError` with the knobs to turn when memory runs out or a loader process dies, and where another process trains in the folder."
     self.forecaster.train()
     if self.ckpt_path: self._fitting(self.ckpt_path, whole=True)
     warnings.filterwarnings('ignore', 'The dirpath has changed') # a start from the checkpoint of another run
-    for logger in self.trainer.loggers: logger.log_hyperparams(self.config)
-    try: self.trainer.fit(self.forecaster, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-    except torch.cuda.OutOfMemoryError as e:
-        raise ConfigError('the GPU ran out of memory; lower data.batch_size (and raise trainer.accumulate_grad_batches), data.crop_size or hidden_dims, '
-                          f"or set trainer.precision to bf16-mixed{see(self.config['model']['class_path'], 'out-of-memory')}") from e
-    except SystemExit as e: raise KeyboardInterrupt from e # Lightning's way of ending on Ctrl-C
+    with _held(self.folder, self.trainer): self._train()
     self.forecaster.eval()
     return self.load(self.best_path) if self.best_path else self
+
+@patch
+def _train(self: Run):
+    for logger in self.trainer.loggers: logger.log_hyperparams(self.config)
+    try: self.trainer.fit(self.forecaster, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+    except (MemoryError, RuntimeError) as e: # torch's of GPUs is one of the latter
+        if told := advice(type(e).__name__, str(e)): raise ConfigError(f"{told}{see(self.config['model']['class_path'], 'out-of-memory')}") from e
+        raise
+    except SystemExit as e: raise KeyboardInterrupt from e # Lightning's way of ending on Ctrl-C
 
 # %% ../../nbs/learn/07_launch.ipynb #f96b942b
 @patch
@@ -228,9 +237,10 @@ def launch(
     if level == 'debug': logging.getLogger('lightning.pytorch').setLevel(logging.DEBUG)
     cli = _instantiate(composed)
     text = cli.parser.dump(cli.config, skip_none=False)
-    for left in (*cli.folder.glob('.*.tmp'), *cli.folder.glob('checkpoints/.*.tmp')): shutil.rmtree(left, ignore_errors=True) # of killed writers
-    ckpt_path = _start_of(cli.folder, text, cli.config['ckpt_path'])
-    with atomic_path(cli.folder/'cli_config.yaml') as p: p.write_text(text, encoding='utf-8')
+    with _held(cli.folder, cli.trainer):
+        for left in (*cli.folder.glob('.*.tmp'), *cli.folder.glob('checkpoints/.*.tmp')): shutil.rmtree(left, ignore_errors=True) # of killed writers, on whichever machine
+        ckpt_path = _start_of(cli.folder, text, cli.config['ckpt_path'])
+        with atomic_path(cli.folder/'cli_config.yaml') as p: p.write_text(text, encoding='utf-8')
     return Run(cli.folder, cli.model, cli.datamodule, cli.trainer, yaml.safe_load(text), ckpt_path)
 
 def _completed(config):

@@ -8,7 +8,6 @@ __all__ = ['N_MEMBERS', 'MAIN', 'GAINS', 'SHOWN', 'COLORS', 'LIMITS', 'networks_
            'draw_spectra', 'draw_run', 'write_predictions', 'describe', 'report', 'score_bundle']
 
 # %% ../../nbs/precipitation/15_evaluation.ipynb #8f84d266
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable
@@ -20,16 +19,15 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ..core import write_json
 from ..geo.maps import save_figure
-from ..learn.bundle import Bundle, save_bundle
+from ..learn.bundle import Bundle, save_results
 from ..learn.ensemble import Ensemble, label
 from ..learn.forecaster import Batch
 from ..learn.launch import Run
 from ..guard import figure_text
 from ..learn.metrics import ScoreTable, score_key, score_table
 from ..learn.resample import bootstrap, bootstrap_difference
-from .atmosphere import open_atmosphere
+from .atmosphere import in_file, open_atmosphere
 from .baselines import fit_baselines
 from .data import PrecipitationDataset, stack_series, step_of, uniform_windows
 from .forecaster import PrecipitationForecaster, distribution
@@ -295,10 +293,7 @@ def report(
         counts[split] = tally(forecaster, {name: m for name, (_, m) in baselines.items()}, data.fields(split), data.target_times(split))
     rows = [r for split, c in counts.items() for r in score_rows(c, split, data.protocol_name)]
     rows = sorted(rows, key=lambda r: 'year' in r)
-    write_json(run.folder/'scores.json', rows)
-    save_bundle(run.folder/'bundle', forecaster, run.config, describe(run), baselines, rows)
-    write_json(run.folder/'metadata.json', json.loads((run.folder/'bundle'/'metadata.json').read_text()))
-    (run.folder/'model_card.md').write_bytes((run.folder/'bundle'/'model_card.md').read_bytes())
+    save_results(run.folder, forecaster, run.config, describe(run), baselines, rows)
     save_figure(run.folder/'figures'/'scores.png', draw_run(run, rows, counts['test']))
     print('writing forecasts ...', flush=True)
     write_predictions(run, maps)
@@ -314,9 +309,10 @@ def score_bundle(
     "Score a trained model beside its baselines on any series; raise `DataError` where it is too short, `BundleError` where it does not fit."
     facts, model = bundle.metadata, bundle.forecaster
     region = RegionConfig(**facts['region']) if facts.get('region') else None
-    ds = cut_to_model(model, open_atmosphere(data, facts.get('step'), facts.get('coarsen', 1)), region)
-    first, _ = uniform_windows(ds.time.values, step_of(ds), model.window_size, facts['target_offset'])
-    stack = stack_series(ds, model.inputs.channels, fill=model.inputs.fill)
+    with in_file(data):
+        ds = cut_to_model(model, open_atmosphere(data, facts.get('step'), facts.get('coarsen', 1)), region)
+        first, _ = uniform_windows(ds.time.values, step_of(ds), model.window_size, facts['target_offset'])
+        stack = stack_series(ds, model.inputs.channels, fill=model.inputs.fill)
     windows = PrecipitationDataset(stack, ds.time.values, first, model.window_size, facts['target_offset'], model.inputs.upstream_columns)
     times = ds.time.values[first + model.window_size - 1 + facts['target_offset']]
     return score_rows(tally(model, bundle.baselines, DataLoader(windows, batch_size, collate_fn=lambda batch: batch), times), split, facts.get('protocol', 'default'))

@@ -8,7 +8,6 @@ __all__ = ['SHOWN', 'LEVELS', 'LIMITS', 'MapTally', 'tally', 'score_rows', 'pool
            'draw_tile', 'scored_part', 'write_predictions', 'describe', 'report', 'score_bundle']
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #c0f8a44b
-import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import DataError, write_json
+from ..core import DataError
 from ..geo.maps import add_colorbar, save_figure
-from ..learn.bundle import Bundle, save_bundle
+from ..learn.bundle import Bundle, save_results
 from ..learn.ensemble import Ensemble, label
 from ..learn.launch import Run
 from ..learn.metrics import ScoreTable, draw_reliability, score_table, scores_of
@@ -323,18 +322,12 @@ def report(
     seen = tally(forecaster, data.val_dataloader()[1], data.tiles['train'], data.num_classes)
     training = {m: float(miou_of(tables_of(seen.states(m).sum(0), data.num_classes)[0], data.train_classes)) for m in seen.rows}
     rows = sorted(add_gap(rows, training), key=lambda r: ('scene' in r, 'class' in r))
-    _write_results(run, rows)
+    save_results(run.folder, forecaster, run.config, describe(run), {}, rows)
     split = scored_part(data)
     save_figure(run.folder/'figures'/'scores.png', draw_run(run, rows, counts[split], split))
     print('writing maps ...', flush=True)
     write_predictions(run, maps)
     return rows
-
-def _write_results(run, rows):
-    write_json(run.folder/'scores.json', rows)
-    save_bundle(run.folder/'bundle', run.forecaster, run.config, describe(run), {}, rows)
-    write_json(run.folder/'metadata.json', json.loads((run.folder/'bundle'/'metadata.json').read_text()))
-    (run.folder/'model_card.md').write_bytes((run.folder/'bundle'/'model_card.md').read_bytes())
 
 # %% ../../nbs/segmentation/20_evaluation.ipynb #ff70e199
 def _scenes_to_score(data, mapping):

@@ -245,9 +245,7 @@ def _finish(self: ModelFiles, trainer, pl_module):
 
 @patch
 def _keep(self: ModelFiles, trainer):
-    path = self.folder/f'checkpoint_{trainer.global_step}.ckpt'
-    if not trainer.is_global_zero: return trainer.save_checkpoint(path) # takes part, writes nothing
-    with atomic_path(path) as p: trainer.save_checkpoint(p)
+    trainer.save_checkpoint(self.folder/f'checkpoint_{trainer.global_step}.ckpt')
 
 @patch
 def _write(self: ModelFiles, name, networks, source):

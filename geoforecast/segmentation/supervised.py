@@ -253,6 +253,7 @@ def training_step(self: Learner, batch, batch_idx: int):
     main.zero_grad()
     self.manual_backward(total)
     norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.gradient_clip or float('inf'))
+    if not torch.isfinite(norm): self._refuse(batch, 'the gradient')
     main.step()
     terms |= self.after_step(batch) or {}
     terms |= dict(total_loss=total.detach(), grad_norm=norm, lr=self.learning_rate*factor)
@@ -264,10 +265,10 @@ def _main_optimizer(self: Learner):
     return found[0] if isinstance(found, list) else found
 
 @patch
-def _refuse(self: Learner, batch):
-    tiles = self.trainer.datamodule and self.trainer.datamodule.tiles['train']
+def _refuse(self: Learner, batch, what='the loss', part='train'):
+    tiles = self.trainer.datamodule and self.trainer.datamodule.tiles[part]
     names = ', '.join(tiles[i].name for i in batch.sample.tolist()[:5]) if tiles else f'samples {batch.sample.tolist()[:5]}'
-    raise GeoforecastError(f"the loss is not a finite number at step {self.step}, in a batch of {names}; lower learning_rate or gradient_clip, or look for extreme values in those tiles{see('segmentation', 'nan-loss')}")
+    raise GeoforecastError(f"{what} is not a finite number at step {self.step}, in a batch of {names}; lower learning_rate or gradient_clip, or look for extreme values in those tiles{see('segmentation', 'nan-loss')}")
 
 # %% ../../nbs/segmentation/14_supervised.ipynb #f7b4dae4
 @patch
@@ -275,7 +276,10 @@ def validation_step(self: Learner, batch, batch_idx: int, dataloader_idx: int = 
     "Score validation tiles (first loader) and training tiles (second)."
     output = self(batch.inputs)
     (self.train_metrics if dataloader_idx else self.val_metrics).update(output, batch.target)
-    if not dataloader_idx: self.log('val/loss', self.loss(output, batch.target), on_epoch=True, batch_size=len(batch.inputs), sync_dist=True, add_dataloader_idx=False)
+    if dataloader_idx: return
+    loss = self.loss(output, batch.target)
+    if not torch.isfinite(loss): self._refuse(batch, 'val/loss', 'val')
+    self.log('val/loss', loss, on_epoch=True, batch_size=len(batch.inputs), sync_dist=True, add_dataloader_idx=False)
 
 @patch
 def on_validation_epoch_end(self: Learner):
