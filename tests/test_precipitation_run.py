@@ -1,13 +1,7 @@
-"""A run of rain from the terminal and through papermill: every option of the reference's command line under its own name, every file it writes, an exact resume."""
+"""A run of rain from the terminal and through papermill: every option of the reference's command line under its own name, every file it writes."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import papermill
 import pytest
 import torch
@@ -94,20 +88,3 @@ def test_a_bundle_gives_the_same_forecast_and_refuses_other_channels(data, tmp_p
     with xr.open_dataset(data) as ds: ds.drop_vars("U").to_netcdf(tmp_path/"poor.nc")
     assert main(["score", str(tmp_path/"run"), str(tmp_path/"poor.nc")]) == 2
     assert "U_850" in capsys.readouterr().err
-
-
-def test_a_killed_training_ends_with_the_same_weights(data, tmp_path):
-    words = ["fit", "--config", "precipitation/quick_test", "--data_dir", str(data), "--max_epochs", "6", "--window_size", "2", "--hidden_channels", "[4]", "--schedule", "plateau", "--num_epochs", "6", "--limit_train_batches", "null"]
-    command = [sys.executable, "-c", "import sys; from geoforecast.learn.launch import launch; from geoforecast.cli import read_options; o = read_options(sys.argv[3:]); launch(sys.argv[2], **o).fit()"]
-    for name in ("whole", "killed"):
-        full = [*command, "--config", words[2], *words[3:], "--output_dir", str(tmp_path/name)]
-        process = subprocess.Popen(full, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
-        if name == "killed":
-            for line in process.stdout:
-                if line.startswith("epoch 3"): break
-            process.send_signal(signal.SIGKILL); process.wait()
-            subprocess.run(full, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
-        assert name == "killed" or process.communicate() and process.returncode == 0
-    whole, killed = (torch.load(tmp_path/n/"checkpoints"/"latest.ckpt", weights_only=True) for n in ("whole", "killed"))
-    assert whole["plateau"] == killed["plateau"] and all(torch.equal(v, killed["state_dict"][k]) for k, v in whole["state_dict"].items())
-    assert (tmp_path/"whole"/"metrics.csv").read_text().count("\n") == (tmp_path/"killed"/"metrics.csv").read_text().count("\n") == 7
