@@ -6,6 +6,7 @@
 __all__ = ['present_channels', 'FireWindows', 'LoadedFire', 'loaded', 'FireDataModule']
 
 # %% ../../nbs/fire/13_data.ipynb #da2a9904
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Callable, Literal
 
@@ -13,15 +14,17 @@ import lightning as L
 import numpy as np
 import torch
 from fastcore.basics import patch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..core import ConfigError, DataError, html_table
 from .channels import BAND, BANDS, FireInputs, Statistics, select_channels
 from .coverage import Coverage
-from .protocols import center_slices, class_weight, flip_and_turn, fold_years, protocol_name as named, rules_of, seek_fire
-from .windows import CropSampler, FieldBatches, ShareSampler, Window, split_windows, summary, target_date, turn, windows_of
+from .protocols import center_slices, class_weight, fold_years, protocol_name as named, rules_of, seek_fire, turned_angles
+from .windows import ANGLES, CropSampler, FieldBatches, ShareSampler, Window, split_windows, summary, target_date, windows_of
 from .wsts import Fire, find_fires, open_fire
 from ..learn.forecaster import Batch
+from ..learn.loading import AheadLoader, Rooms, as_is
 
 # %% ../../nbs/fire/13_data.ipynb #25d9438e
 def present_channels(
@@ -56,58 +59,92 @@ class FireWindows(Dataset):
         self.fires, self.windows, self.window_size, self.crop_size, self.fire_share = fires, windows, window_size, crop_size, fire_share
         self.crop_choice, self.coverage, self.min_window_size, self.center, self.cross_gaps = crop_choice, coverage, min_window_size, center, cross_gaps
         self.bands = [b for b in (range(23) if bands is None else bands) if b < 23]
-        self._burning = {}
+        self._burning, self._rooms = {}, Rooms()
 
     def __len__(self): return len(self.windows)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Batch:
-        if isinstance(key, tuple): return self._crop(key[0], np.random.default_rng(key[1]))
-        size = self.fires[self.windows[key].fire].shape[-2:]
-        return self._batch(key, *self._read(key, *(center_slices(*size) if self.center else (slice(None), slice(None)))))
+    def __getitem__(self, key: int | tuple[int, int]) -> Batch: # One sample
+        return Batch(*(part[0] for part in self.__getitems__([key])))
+
+    def __getitems__(self, keys: list) -> Batch: # Whole fields of one size, or crops
+        shape = (self.crop_size,)*2 if isinstance(keys[0], tuple) else tuple(s.stop - s.start for s in self._whole(keys[0]))
+        raw, hour = self._rooms.get(len(keys), self.window_size, len(BANDS), *shape), np.empty((len(keys), 1, *shape), np.float32)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads: list(threads.map(self._fill, keys, raw.numpy(), hour))
+        positions = [key[0] if isinstance(key, tuple) else key for key in keys]
+        return Batch(raw, torch.from_numpy((hour > 0).astype(np.float32)), torch.from_numpy(~np.isnan(hour)), self._seconds(positions), torch.tensor(positions))
 
 # %% ../../nbs/fire/13_data.ipynb #d6225325
-@patch
-def _read(self: FireWindows, i, rows, cols):
-    fire, day = self.fires[self.windows[i].fire], self.windows[i].day
-    days = slice(day - self.window_size + 1, day + 1)
-    since = fire.days_since_detection(days, rows, cols)
-    raw = np.full((self.window_size, len(BANDS), *since.shape[1:]), np.nan, np.float32)
-    raw[:, self.bands] = fire.read(days, rows, cols, self.bands)
-    raw[:, BAND['days_since_detection']] = since
-    return raw, self._target(fire, day, rows, cols, since.shape[1:])
+def _runs(numbers):
+    "Cut numbers that follow each other into slices."
+    starts = [n for n in numbers if n - 1 not in numbers]
+    return [slice(n, next(m for m in range(n, 99) if m not in numbers)) for n in starts]
 
 @patch
-def _target(self: FireWindows, fire, day, rows, cols, size):
-    if day + 1 >= len(fire.dates) or not (self.cross_gaps or fire.dates[day + 1] - fire.dates[day] == np.timedelta64(1, 'D')): return np.full((1, *size), np.nan, np.float32)
-    return fire.read(slice(day + 1, day + 2), rows, cols, [BAND['detection_hour']])[0]
+def _read(self: FireWindows, i, rows, cols, raw, hour):
+    "Write the bands (T, 24, h, w) and the target's detection hours (1, h, w) of a part of a field into views of memory."
+    fire, day = self.fires[self.windows[i].fire], self.windows[i].day
+    days, since = slice(day - self.window_size + 1, day + 1), BAND['days_since_detection']
+    for run in _runs(set(range(since)) - set(self.bands)): raw[:, run] = np.nan
+    for run in _runs(set(self.bands)): fire.read(days, rows, cols, run, raw[:, run])
+    raw[:, since] = fire.days_since_detection(days, rows, cols)
+    self._target(fire, day, rows, cols, hour)
 
 @patch
-def _batch(self: FireWindows, i, raw, hour):
-    fire, day = self.fires[self.windows[i].fire], self.windows[i].day
-    seconds = fire.dates[day - self.window_size + 1:day + 1].astype('datetime64[s]').astype(np.int64)
-    target, valid = torch.from_numpy((hour > 0).astype(np.float32)), torch.from_numpy(~np.isnan(hour))
-    return Batch(torch.from_numpy(np.ascontiguousarray(raw)), target, valid, torch.from_numpy(seconds), torch.tensor(i))
+def _target(self: FireWindows, fire, day, rows, cols, hour):
+    if day + 1 < len(fire.dates) and (self.cross_gaps or fire.dates[day + 1] - fire.dates[day] == np.timedelta64(1, 'D')):
+        fire.read(slice(day + 1, day + 2), rows, cols, [BAND['detection_hour']], hour[None])
+    else: hour[:] = np.nan
+
+@patch
+def _fill(self: FireWindows, key, raw, hour):
+    if isinstance(key, tuple): self._crop(key[0], np.random.default_rng(key[1]), raw, hour)
+    else: self._read(key, *self._whole(key), raw, hour)
+
+@patch
+def _whole(self: FireWindows, i):
+    size = self.fires[self.windows[i].fire].shape[-2:]
+    return center_slices(*size) if self.center else tuple(slice(0, n) for n in size)
+
+@patch
+def _seconds(self: FireWindows, positions):
+    days = [self.fires[fire].dates[day - self.window_size + 1:day + 1] for fire, day in (self.windows[i] for i in positions)]
+    return torch.from_numpy(np.stack(days).astype('datetime64[s]').astype(np.int64))
 
 # %% ../../nbs/fire/13_data.ipynb #e06b57d0
 @patch
-def _crop(self: FireWindows, i, rng):
+def _crop(self: FireWindows, i, rng, raw, hour):
     seek = self.crop_choice == 'fire_seeking'
-    raw, hour = self._read(i, *(self._seek(i, rng) if seek else self._place(i, rng)))
+    rows, cols = self._seek(i, rng) if seek else self._place(i, rng)
+    size = [min(n, self.crop_size) for n in self.fires[self.windows[i].fire].shape[-2:]]
+    seen = self._changed(i, rows, cols, size, rng) if self.coverage or self.min_window_size else None
+    upright, turn_angles = (_flip if seek else _turn)(rng)
+    if size != [self.crop_size]*2: raw[:], hour[:] = np.nan, np.nan
+    parts = [upright(x)[..., :size[0], :size[1]] for x in (raw, hour)]
+    if seen is None: self._read(i, rows, cols, *parts)
+    else: parts[0][:], parts[1][:] = seen
+    for b in set(ANGLES) & set(self.bands): turn_angles(raw[:, b])
+
+@patch
+def _changed(self: FireWindows, i, rows, cols, size, rng):
+    "Read a crop and let it be seen otherwise, before it is turned."
+    raw, hour = np.empty((self.window_size, len(BANDS), *size), np.float32), np.empty((1, *size), np.float32)
+    self._read(i, rows, cols, raw, hour)
     if self.coverage: raw, hour = self.coverage(raw, hour, rng)
     if self.min_window_size: raw[:rng.integers(self.window_size - self.min_window_size + 1)] = np.nan
-    short = [(0, max(self.crop_size - n, 0)) for n in hour.shape[-2:]]
-    if any(s[1] for s in short):
-        raw, hour = np.pad(raw, [(0, 0), (0, 0), *short], constant_values=np.nan), np.pad(hour, [(0, 0), *short], constant_values=np.nan)
-    return self._batch(i, *(_flipped if seek else _turned)(raw, hour, rng))
+    return raw, hour
 
-def _turned(raw, hour, rng):
-    quarter_turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-    hour = np.rot90(hour, quarter_turns, (-2, -1))
-    return turn(raw, quarter_turns, mirror), hour[..., ::-1] if mirror else hour
+def _turn(rng):
+    "Draw one of eight positions; return the view through which an upright field is written, and what turns directions in place."
+    turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+    def turn_angles(a): a -= 90*turns; a *= -1 if mirror else 1
+    return lambda x: np.rot90(x[..., ::-1] if mirror else x, -turns, (-2, -1)), turn_angles
 
-def _flipped(raw, hour, rng):
-    drawn = bool(rng.random() > .5), bool(rng.random() > .5), int(4*rng.random())
-    return flip_and_turn(raw, *drawn), flip_and_turn(hour, *drawn, angles=[])
+def _flip(rng):
+    "The same in the benchmark's way."
+    left_right, upside_down, turns = bool(rng.random() > .5), bool(rng.random() > .5), int(4*rng.random())
+    flips = ..., slice(None, None, -1 if upside_down else 1), slice(None, None, -1 if left_right else 1)
+    def turn_angles(a): a[:] = turned_angles(a, left_right, upside_down, turns)
+    return lambda x: np.rot90(x, -turns, (-2, -1))[flips], turn_angles
 
 @patch
 def _burning_pixels(self: FireWindows, i):
@@ -120,7 +157,9 @@ def _burning_pixels(self: FireWindows, i):
 def _seek(self: FireWindows, i, rng):
     fire, day, every = self.fires[self.windows[i].fire], self.windows[i].day, slice(None)
     hour = fire.read(slice(day - self.window_size + 1, day + 1), bands=[BAND['detection_hour']])[:, 0]
-    corner = seek_fire(hour, self._target(fire, day, every, every, hour.shape[1:])[0] > 0, self.crop_size, rng)
+    target = np.empty_like(hour[:1])
+    self._target(fire, day, every, every, target)
+    corner = seek_fire(hour, target[0] > 0, self.crop_size, rng)
     return tuple(slice(c, c + self.crop_size) for c in corner)
 
 @patch
@@ -138,10 +177,10 @@ class LoadedFire(Fire):
     "Serve a fire from memory: chunked and compressed files are decompressed once, not with every crop."
     values: dict = field(default_factory=dict, repr=False) # Raw band to (T, H, W)
 
-    def read(self, times=slice(None), rows=slice(None), cols=slice(None), bands=None):
-        bands = range(23) if bands is None else bands
-        if not set(bands) <= set(self.values): return super().read(times, rows, cols, bands)
-        return np.stack([self.values[b][times, rows, cols] for b in bands], axis=1)
+    def read(self, times=slice(None), rows=slice(None), cols=slice(None), bands=None, out=None):
+        wanted = range(23)[bands or slice(None)] if bands is None or isinstance(bands, slice) else bands
+        if not set(wanted) <= set(self.values): return super().read(times, rows, cols, bands, out)
+        return np.stack([self.values[b][times, rows, cols] for b in wanted], axis=1, out=out)
 
 def loaded(
     fire: Fire,
@@ -281,7 +320,10 @@ def fields(self: FireDataModule,
     whole: bool = False, # See `dataset`
 ) -> DataLoader:
     "Return a loader of whole fields."
-    return DataLoader(self.dataset(part, whole=whole), batch_sampler=FieldBatches(self.windows[part], self.eval_batch_size), num_workers=self.num_workers)
+    return self._loader(self.dataset(part, whole=whole), batch_sampler=FieldBatches(self.windows[part], self.eval_batch_size))
+
+@patch
+def _loader(self: FireDataModule, dataset, **order): return AheadLoader(dataset, collate_fn=as_is, num_workers=self.num_workers, **order)
 
 @patch
 def sampler(self: FireDataModule,
@@ -299,14 +341,13 @@ def train_dataloader(self: FireDataModule) -> DataLoader:
     world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
     sampler = self.sampler(self.samples_per_epoch, rank, world)
     if self.trainer: sampler.set_epoch(self.trainer.lightning_module.epochs_done)
-    return DataLoader(self.dataset('train', crop=True), batch_size=self.batch_size, sampler=sampler, num_workers=self.num_workers, drop_last=True,
-                      persistent_workers=False)
+    return self._loader(self.dataset('train', crop=True), batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
 @patch
 def val_dataloader(self: FireDataModule) -> DataLoader:
     "Return whole fields of the validation, or crops where the protocol validates on them."
     if self.rules['validate_on'] == 'fields': return self.fields('val')
-    return DataLoader(self.dataset('val', crop=True), batch_size=self.batch_size, sampler=CropSampler(len(self.windows['val']), self.seed % 2**32), num_workers=self.num_workers)
+    return self._loader(self.dataset('val', crop=True), batch_size=self.batch_size, sampler=CropSampler(len(self.windows['val']), self.seed % 2**32))
 
 @patch
 def test_dataloader(self: FireDataModule) -> DataLoader:

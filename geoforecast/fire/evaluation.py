@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..core import DataError, GeoforecastError, atomic_path
 from .channels import BAND, FireInputs
@@ -31,6 +30,7 @@ from ..learn.bundle import Bundle, save_results
 from ..learn.ensemble import Ensemble, label
 from ..learn.forecaster import Batch
 from ..learn.launch import Run
+from ..learn.loading import AheadLoader, as_is
 from ..learn.metrics import ScoreTable, average_precision, coarsen, draw_reliability, histogram_of, score_table, scores_at, scores_of
 from ..learn.resample import bootstrap, bootstrap_difference
 
@@ -84,7 +84,7 @@ def tally(
 ) -> Tally:
     "Run every model over a dataset and count."
     result, by_day = Tally(), len(dataset) <= 400
-    for batch in DataLoader(dataset, batch_sampler=FieldBatches(dataset.windows, batch_size)):
+    for batch in AheadLoader(dataset, batch_sampler=FieldBatches(dataset.windows, batch_size), collate_fn=as_is):
         batch = Batch(*(x.to(device) for x in batch))
         quiet = batch.valid & ~(batch.inputs[:, -1, BAND['detection_hour'], None] > 0)
         logits = {name: predict(batch) for name, predict in predictors.items()}
@@ -122,7 +122,7 @@ def fit_logistic(
     inputs = FireInputs(own.channels, own.protocol).set_statistics(own.statistics())
     model = FireForecaster(lambda dim, days: Logistic(dim, days, fire_rate=.02), inputs, window_size=data.window_size, learning_rate=.02, ema_decay=.99)
     crops = data.dataset('train', crop=True)
-    loader = DataLoader(crops, data.batch_size, sampler=data.sampler(steps*data.batch_size), num_workers=data.num_workers)
+    loader = AheadLoader(crops, data.batch_size, sampler=data.sampler(steps*data.batch_size), num_workers=data.num_workers, collate_fn=as_is)
     trainer = L.Trainer(max_epochs=1, accelerator=run.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(model, loader)
     return model.predictor.cpu().eval()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import xarray as xr
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
 from ..core import ConfigError, DataError, nearest, write_json
 from .channels import BAND
@@ -27,6 +26,7 @@ from ..guard import figure_text
 from ..learn.bundle import Bundle
 from ..learn.ensemble import Ensemble
 from ..learn.forecaster import Batch
+from ..learn.loading import AheadLoader, as_is
 from ..nn.tiling import predict_blended
 
 # %% ../../nbs/fire/20_prediction.ipynb #85ab9606
@@ -48,7 +48,7 @@ def forecasts(
     batch_size: int = 8, # Whole fields at once
 ) -> Iterator[tuple[Fire, xr.DataArray]]: # One fire at a time, with (time, y, x) probabilities
     "Forecast every window, one fire after the other, so that memory holds one fire."
-    loader = DataLoader(dataset, batch_sampler=FieldBatches(dataset.windows, batch_size))
+    loader = AheadLoader(dataset, batch_sampler=FieldBatches(dataset.windows, batch_size), collate_fn=as_is)
     days, fields, at = [], [], None
     for batch in map(Batch._make, loader):
         windows = [dataset.windows[i] for i in batch.sample]

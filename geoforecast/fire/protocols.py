@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'SIZES', 'CHOICES', 'FOLDS', 'FIRES_A_YEAR', 'CLASS_WEIGHTS', 'Rule', 'differences', 'rules_of',
-           'protocol_name', 'fold_years', 'class_weight', 'focal_alpha', 'seek_fire', 'flip_and_turn', 'center_slices']
+           'protocol_name', 'fold_years', 'class_weight', 'focal_alpha', 'seek_fire', 'flip_and_turn', 'turned_angles',
+           'center_slices']
 
 # %% ../../nbs/fire/14_protocols.ipynb #d09cb3e0
 from collections import Counter
@@ -136,12 +137,24 @@ def flip_and_turn(
     if upside_down: fields = fields[..., ::-1, :]
     fields = np.rot90(fields, quarter_turns, (-2, -1)).copy()
     if not angles: return fields
-    a = fields[:, angles]
-    if left_right: a = 360 - a
-    if upside_down: a = (180 - a) % 360
-    if quarter_turns: a = (a - 90*quarter_turns) % 360
-    fields[:, angles] = a
+    fields[:, angles] = turned_angles(fields[:, angles], left_right, upside_down, quarter_turns)
     return fields
+
+def turned_angles(
+    degrees: np.ndarray, # Directions, clockwise from north
+    left_right: bool, # As in `flip_and_turn`
+    upside_down: bool,
+    quarter_turns: int,
+) -> np.ndarray: # The same directions in a field that was flipped and turned
+    "Correct directions in the benchmark's order."
+    if left_right: degrees = 360 - degrees
+    if upside_down: degrees = _wrap(180 - degrees)
+    return _wrap(degrees - 90*quarter_turns) if quarter_turns else degrees
+
+def _wrap(degrees):
+    "The remainder by 360, without a slow division where one turn is enough."
+    if ((degrees < -360) | (degrees >= 720)).any(): return degrees % 360
+    return np.where(degrees < 0, degrees + 360, np.where(degrees >= 360, degrees - 360, degrees))
 
 # %% ../../nbs/fire/14_protocols.ipynb #a40b4122
 def center_slices(
