@@ -24,6 +24,7 @@ from typing import Callable, Iterable
 import yaml
 
 from .core import ConfigError, GeoforecastError, advice, nearest
+from .guard import PlainLoader
 
 # %% ../nbs/terminal.ipynb #b8bb9bf1
 class Parser(argparse.ArgumentParser):
@@ -88,7 +89,7 @@ def date(
     return text
 
 # %% ../nbs/terminal.ipynb #d9a51810
-class _Values(yaml.SafeLoader): "Read YAML 1.2's numbers, and nothing as a date."
+class _Values(PlainLoader): "Read YAML 1.2's numbers, and nothing as a date."
 
 _Values.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (('bool', r'true|True|false|False', 'tTfF'), ('null', r'null|None|~|', ['n', 'N', '~', '']),
@@ -179,7 +180,7 @@ class RunLog:
         for rest in filter(None, (stream.rest for stream in self.kept)): self.keep(rest)
         self.file.close()
 
-    def keep(self, line: str): "Append a line."; print(f'{time.strftime("%F %T")}  {line}', file=self.file, flush=True)
+    def keep(self, line: str): "Append a line."; print(f'{time.strftime("%F %T")}  {"".join(c if c.isprintable() else " " for c in line)}', file=self.file, flush=True)
 
     @property
     def elapsed(self) -> str: "Since the start."; return duration(time.monotonic() - self.began)

@@ -119,6 +119,8 @@ def known_options(
 ) -> list[str]: # Dotted names without `init_args`
     "List what `config` lets one override."
     options = list(RUN_OPTIONS)
+    for section in ('model', 'data', 'trainer'):
+        if not isinstance(config.get(section) or {}, dict): raise ConfigError(f"'{section}' of a configuration must be settings, not '{str(config[section])[:80]}'")
     for section in ('model', 'data'): _walk(config.get(section), section, options)
     return options + [f'trainer.{name}' for name in _parameters('lightning.pytorch.Trainer')]
 
@@ -126,6 +128,7 @@ def _walk(section, prefix, options):
     if not isinstance(section, dict) or 'class_path' not in section: return
     options.append(prefix)
     args = section.get('init_args') or {}
+    if not isinstance(args, dict): raise ConfigError(f"{prefix}: init_args must be settings, not '{str(args)[:80]}'")
     for name in _parameters(section['class_path']):
         if isinstance(args.get(name), dict): _walk(args[name], f'{prefix}.{name}', options)
         else: options.append(f'{prefix}.{name}')
@@ -226,7 +229,8 @@ def compose(
 def _amp(on): return {True: '16-mixed' if torch.cuda.is_available() else 'bf16-mixed', False: '32-true'}.get(on, on)
 
 def _linked(config):
-    said, options = (config.get('data') or {}).get('init_args') or {}, known_options(config)
+    options = known_options(config)
+    said = (config.get('data') or {}).get('init_args') or {}
     for source, target in SHARED.items():
         value = said.get(source.removeprefix('data.'))
         if value and target in options: _assign(config, target, value)
