@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import ConfigError, DataError, check_choice, html_table
 from ..learn.forecaster import StepSampler
+from ..learn.loading import AheadLoader, as_is
 from .classes import IGNORE, ClassMapping, number_classes, read_classes
 from .inputs import ImageInputs, Moments, Pixels, mean_moments, training_statistics
 from .splits import class_counts, named_scenes, names_of, read_selection, split_tiles, without_leaks
@@ -89,8 +90,6 @@ class SegmentationDataset(Dataset):
         return self.rare.draw(rng) if self.rare and rng.random() < self.rare_class_sampling else i
 
 # %% ../../nbs/segmentation/11_data.ipynb #d5202680
-def _as_is(batch): return batch
-
 def loader_of(
     tiles: list[Tile], # Of any scenes
     statistics: dict, # That a model carries, see `ImageInputs.statistics`
@@ -103,7 +102,7 @@ def loader_of(
     positions = [match_bands(s, statistics, bands) for s in scenes]
     pixels = Pixels(scenes, mapping, positions[0] if scenes else ())
     if statistics.get('harmonise'): pixels.reference = Moments(*(np.array(statistics['moments'][k]) for k in Moments._fields))
-    return DataLoader(SegmentationDataset(pixels, tiles, labels=mapping is not None), batch_size, collate_fn=_as_is)
+    return AheadLoader(SegmentationDataset(pixels, tiles, labels=mapping is not None), batch_size, collate_fn=as_is)
 
 # %% ../../nbs/segmentation/11_data.ipynb #ea9e8ae9
 class SegmentationDataModule(L.LightningDataModule):
@@ -284,7 +283,7 @@ def dataset(self: SegmentationDataModule,
 
 @patch
 def _loader(self: SegmentationDataModule, dataset, **order):
-    return DataLoader(dataset, collate_fn=_as_is, num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=self.pin_memory, **order)
+    return AheadLoader(dataset, collate_fn=as_is, num_workers=self.num_workers, persistent_workers=self.num_workers > 0, pin_memory=self.pin_memory, **order)
 
 @patch
 def fields(self: SegmentationDataModule,
