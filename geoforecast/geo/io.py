@@ -15,6 +15,7 @@ import asyncio
 import warnings
 import json
 import dask
+import netCDF4
 import numpy as np
 import pandas as pd
 import rasterio
@@ -251,6 +252,8 @@ def read_netcdf(
 ) -> xr.Dataset: # Opened lazily; `.load()` brings it to memory
     "Open a NetCDF file with its grid mapping among the coordinates; raises `DataError` where it is not one."
     with reading(path, 'NetCDF'):
+        with netCDF4.Dataset(path) as f:
+            for v in f.variables.values(): check_announced(path, v.size*getattr(v.dtype, 'itemsize', 1))
         ds = _leads(xr.open_dataset(path, engine='netcdf4', decode_coords='all', decode_timedelta=False))
         _check_length(path)
     return ds

@@ -53,7 +53,13 @@ _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'[-+]?\d+(\
 
 def _parsed(value):
     try: return yaml.load(value, _Loader) if isinstance(value, str) and value else value
-    except yaml.YAMLError: return value
+    except yaml.MarkedYAMLError: return value
+    except yaml.YAMLError as e: raise ConfigError(f"'{value[:60]}' cannot be a value: {e}") from e
+
+def _check_texts(part):
+    "Refuse texts that grow without end when jsonargparse reads them as YAML."
+    if isinstance(part, str): _parsed(part)
+    for below in part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else (): _check_texts(below)
 
 # %% ../../nbs/learn/06_configuration.ipynb #0fdef760
 def _read(path):
@@ -220,6 +226,7 @@ def compose(
         above = _read(find_config(preset, section))
         result |= {k: above.pop(k) for k in RUN_OPTIONS if k in above}
         result[section] = _merged(result.get(section) or {}, above)
+    _check_texts([result, overrides])
     for name, value in classes_first(overrides, result).items():
         value = _amp(_parsed(value)) if name == 'use_amp' else value
         name = resolve_option(name, result)

@@ -157,7 +157,7 @@ def load(cls: Normalizer,
 ) -> Normalizer:
     "Read a normaliser; raise `DataError` where the file is none."
     try: return cls(**json.loads(Path(path).read_text(encoding='utf-8')))
-    except (OSError, TypeError, ValueError) as e: raise DataError(f'{path} holds no normaliser ({e}); write one with Normalizer.save') from e
+    except (OSError, TypeError, ValueError, RecursionError) as e: raise DataError(f'{path} holds no normaliser ({e}); write one with Normalizer.save') from e
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #116e626b
 Fill = Literal['mean', 'above']

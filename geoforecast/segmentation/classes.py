@@ -88,15 +88,19 @@ def _columns(header, path):
 
 def _rows(path):
     "The file's rows as dicts of text, each with its line number."
-    try: text = path.read_text(encoding='utf-8-sig')
+    try:
+        if path.stat().st_size > 2**20: raise DataError(f"{path} is no table of classes, which has at most {IGNORE + 1} short lines of id, name and colour: it holds {path.stat().st_size:,} bytes")
+        text = path.read_text(encoding='utf-8-sig')
     except FileNotFoundError: raise DataError(f"{path} does not exist; write a table with the columns id, name, colour") from None
     except OSError as e: raise DataError(f"{path} cannot be read: {e.strerror}") from e
     except UnicodeDecodeError as e: raise DataError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as CSV UTF-8") from e
     first = text.split('\n', 1)[0]
     reader = csv.reader(text.splitlines(), delimiter=max(',;\t', key=first.count), skipinitialspace=True)
-    columns = _columns(next(reader, ['nothing']), path)
-    for cells in reader:
-        if any(c.strip() for c in cells): yield reader.line_num, {key: cells[i].strip() if i < len(cells) else '' for key, i in columns.items()}
+    try:
+        columns = _columns(next(reader, ['nothing']), path)
+        for cells in reader:
+            if any(c.strip() for c in cells): yield reader.line_num, {key: cells[i].strip() if i < len(cells) else '' for key, i in columns.items()}
+    except csv.Error as e: raise DataError(f"{path} line {reader.line_num}: {e}; a table of classes has short lines of id, name and colour") from e
 
 # %% ../../nbs/segmentation/01_classes.ipynb #3816f5c6
 def parse_colour(
