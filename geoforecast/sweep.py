@@ -85,11 +85,11 @@ def label_runs(
     "Name combinations after their values, with a digest where that is too long or not clear."
     labels = [','.join(f'{k}={_safe(v)}' for k, v in c.items()) for c in combinations]
     twice, digests = Counter(labels), (hashlib.sha256(json.dumps(c).encode()).hexdigest()[:8] for c in combinations)
-    return [f'{label[:100]}-{digest}' if twice[label] > 1 or len(label) > 120 else label for label, digest in zip(labels, digests)]
+    return [f"{label.encode()[:100].decode(errors='ignore')}-{digest}" if twice[label] > 1 or len(label.encode()) > 120 else label for label, digest in zip(labels, digests)]
 
 def _safe(value):
     text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r'[^\w.+-]+', '_', Path(text).name if os.path.isabs(text) else text).strip('_') or 'empty'
+    return re.sub(r'[^\w.+-]+', '_', Path(text).name if os.path.isabs(text) else text).strip('_').rstrip('.') or 'empty'
 
 # %% ../nbs/sweep.ipynb #51631b97
 def plan_sweep(

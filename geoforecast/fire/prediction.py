@@ -169,7 +169,7 @@ def forecast_bundle(
         if not windows: raise DataError(f'{fire.path}: a forecast needs {forecaster.window_size} observed days in a row; the file has {fire.dates[0]} to {fire.dates[-1]} with {fire.missing.sum()} missing')
         windows = [w for w in windows if date in (None, str(fire.dates[w.day] + 1))]
         if not windows: raise ConfigError(f'{fire.name}: no forecast is possible for {date}; the file allows {fire.dates[forecaster.window_size - 1] + 1} to {fire.dates[-1] + 1}')
-        folder = Path(out)/fire.path.stem
+        folder = Path(out)/fire.path.stem.lstrip('.')
         _, probability = next(forecasts(forecaster, FireWindows([fire], windows, forecaster.window_size, bands=forecaster.inputs.bands), batch_size))
         files += write_forecast(folder, fire, probability, maps=len(windows) if visualize else 0)
         write_json(folder/'metadata.json', dict(fire=fire.name, source=fire.path.name, model=bundle.metadata, times=[str(t)[:10] for t in probability.time.values],

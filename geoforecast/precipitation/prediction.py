@@ -266,7 +266,7 @@ def name_series(
 ) -> dict[str, Path]: # Name of the subfolder, and the series
     "Name several series by their files; raise `DataError` where two have the same name."
     paths = [Path(p) for p in (data if isinstance(data, (list, tuple)) else [data])]
-    names = [p.name.removesuffix('.zarr') if p.is_dir() else p.stem for p in paths]
+    names = [(p.name.removesuffix('.zarr') if p.is_dir() else p.stem).lstrip('.') for p in paths]
     twice = sorted({n for n in names if names.count(n) > 1})
     if twice: raise DataError(f'several series are called {_listed(twice)}, and the folder of a forecast is named by its series; forecast them into different folders')
     return dict(zip(names, paths))

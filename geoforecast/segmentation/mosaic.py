@@ -303,7 +303,7 @@ def forecast_bundle(
     scenes = _scenes(data)
     for scene in scenes: choose_bands(scene, bundle.forecaster.inputs.statistics(), bands)
     for scene in scenes:
-        folder = Path(out)/scene.name
+        folder = Path(out)/scene.name.lstrip('.')
         files += predict_scene(bundle.forecaster, scene, mapping, folder, size, batch_size=batch_size, bands=bands, polygons=polygons)
         if visualize: files.append(save_figure(folder/'map.png', scene_map(scene, folder, mapping, bands)))
         write_json(folder/'metadata.json', dict(scene=scene.name, source=scene.image.name, model=bundle.metadata, crs=scene.crs, transform=scene.transform,
