@@ -81,7 +81,7 @@ def server(source, monkeypatch):
     server.content, server.asked, server.faults, server.always, server.ranges, server.pause = packed(source), [], [], None, True, 0
     server.url = f'http://127.0.0.1:{server.server_port}/WildfireSpreadTS.zip?download=1'
     server.waited = []
-    waiting = download.waiting_time
+    server.waiting = waiting = download.waiting_time
     monkeypatch.setattr(download, 'waiting_time', lambda *args: server.waited.append(round(waiting(*args))) or 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -166,6 +166,57 @@ def test_refusals_that_stay(server, tmp_path, status):
     server.always = (status, {})
     with pytest.raises(DataError, match=f'{status}.*is the address right'): download_wsts(tmp_path/'out', url=server.url)
     assert len(server.asked) == 1 and not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('headers, seconds', [({'Retry-After': '99999999999'}, '99999999999'), ({'Retry-After': '9'*400}, 'inf'), ({'Retry-After': 'Fri, 31 Dec 9999 23:59:59 GMT'}, r'\d{12}'), ({'X-RateLimit-Reset': '9'*12}, r'\d{12}')], ids=['seconds', 'infinite', 'date', 'reset'])
+def test_a_wait_that_nobody_can_wait_ends_with_a_line(server, tmp_path, monkeypatch, headers, seconds):
+    monkeypatch.setattr(download.time, 'sleep', lambda s: pytest.fail(f'slept {s} s'))
+    monkeypatch.setattr(download, 'waiting_time', server.waiting)
+    server.always = (503, headers)
+    with pytest.raises(DataError, match=rf'asks to wait {seconds} s \(the server answers 503.*it goes on'): download_wsts(tmp_path/'out', url=server.url)
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize('said', ['soon', '-5', '\u00b2', '1e9', ''])
+def test_a_wait_that_is_no_number_is_the_usual_one(server, source, tmp_path, said):
+    assert server.waiting({'Retry-After': said}, 3) == 8
+
+
+def test_a_server_that_falls_silent(server, source, tmp_path, monkeypatch):
+    "A connection on which nothing comes counts as broken after a while; what follows comes through another one."
+    monkeypatch.setattr(download, 'SILENCE', .3)
+    server.faults = [None]*4 + [lambda first, part: Silence(part, 70_000)]*3
+    download_wsts(tmp_path/'out', years=[2018], url=server.url, report=quiet)
+    same(tmp_path/'out', source, '2018')
+    assert len(server.waited) == 3
+    server.always = lambda first, part: Silence(part, 0)
+    with pytest.raises(DataError, match='timed out'): download_wsts(tmp_path/'other', url=server.url)
+
+
+class Silence(bytes):
+    "Bytes of which the first are sent at once, and the rest long after anybody waits for them."
+    def __new__(cls, part, first):
+        self = super().__new__(cls, part)
+        self.first = first
+        return self
+
+    def __getitem__(self, piece):
+        if isinstance(piece, slice) and (piece.start or 0) >= self.first and piece.stop is not None: time.sleep(1)
+        found = super().__getitem__(piece)
+        return Silence(found, self.first) if piece == slice(None) else found
+
+
+def test_more_than_was_announced(server, source, tmp_path):
+    server.always = lambda first, part: part + b'more'*1000
+    download_wsts(tmp_path/'out', url=server.url, report=quiet)
+    same(tmp_path/'out', source)
+
+
+@pytest.mark.parametrize('to', ['file:///etc/hostname', 'file://localhost/etc/hostname', '{url}', 'gopher://127.0.0.1/'])
+def test_redirects_that_lead_elsewhere_or_in_circles(server, tmp_path, to):
+    server.always = (302, {'Location': to.format(url=server.url)})
+    with pytest.raises(DataError, match='the server answers 302') as error: download_wsts(tmp_path/'out', url=server.url)
+    assert '\n' not in str(error.value) and not (tmp_path/'out').exists()
 
 
 def test_servers_of_another_kind(server, tmp_path):

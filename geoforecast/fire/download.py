@@ -101,16 +101,20 @@ def _read_on(self: RemoteFile, n):
         except (OSError, http.client.HTTPException) as e:
             reason = getattr(e, 'reason', None) or e
             if self.size is None: raise DataError(f'{urlsplit(self.url).netloc} cannot be reached ({reason}); is there a connection to the internet?') from e
-        self._stream, wait = None, waiting_time(headers, attempt)
-        if wait > LONGEST_WAIT: raise DataError(f'{self.url}: the server asks to wait {wait:.0f} s ({reason}); run the same again later, it goes on')
-        if attempt < TRIES - 1: time.sleep(wait)
+        self._stream = None
+        if attempt < TRIES - 1: _wait(self.url, reason, waiting_time(headers, attempt))
     raise DataError(f'{self.url}: gave up after {TRIES} attempts ({reason}); run the same again later, it goes on')
+
+def _wait(url, reason, seconds):
+    if seconds > LONGEST_WAIT: raise DataError(f'{url}: the server asks to wait {seconds:.0f} s ({reason}); run the same again later, it goes on')
+    time.sleep(seconds)
 
 def _broken(): raise ConnectionError('the connection broke')
 
 def _refusal(url, error):
-    if error.code == 429 or error.code >= 500: return f'the server answers {error.code} {error.reason}'
-    raise DataError(f'{url}: the server answers {error.code} {error.reason}; is the address right?') from error
+    reason = f"the server answers {error.code} {' '.join(str(error.reason).split())}"
+    if error.code == 429 or error.code >= 500: return reason
+    raise DataError(f'{url}: {reason}; is the address right?') from error
 
 @patch
 def read(self: RemoteFile, n=-1):
