@@ -177,7 +177,8 @@ def _temporary_folder(path):
 def _refused(path, error):
     why = 'the disk is full' if error.errno in NO_ROOM else 'the place does not take it'
     do = 'free some space, or choose another folder' if error.errno in NO_ROOM else 'choose a folder that you may write to'
-    return OutputError(f'{path} cannot be written: {why} ({error.strerror}); {do}, and give the same command again')
+    reason = os.strerror(error.errno) if error.errno else str(error) # some libraries write a page into `strerror`
+    return OutputError(f'{path} cannot be written: {why} ({reason}); {do}, and give the same command again')
 
 def _lack_of_room(folder, error):
     "Return the error of a disk that is full, where that is the reason."
