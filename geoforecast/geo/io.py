@@ -204,17 +204,29 @@ def check_heaps(
         for start, end in ((0, min(first, most)), (max(last, len(m) - most), len(m))):
             at = m.find(b'GCOL\1\0\0\0', start, end)
             while at >= 0:
-                if _is_endless(m, at): raise DataError(f'{path} is damaged: the texts at byte {at} are overwritten; copy or download it again')
+                sizes = _text_sizes(m, at)
+                if sizes is None or _speaks_of_more(m, at, sizes, min(first, most)): raise DataError(f'{path} is damaged: the texts at byte {at} are overwritten; copy or download it again')
                 at = m.find(b'GCOL\1\0\0\0', at + 8, end)
 
-def _is_endless(m, at):
-    def number(first, size): return int.from_bytes(m[first:first + size], 'little')
-    here, end = at + 16, min(at + number(at + 8, 8), len(m))
+def _number(m, first, size): return int.from_bytes(m[first:first + size], 'little')
+
+def _text_sizes(m, at):
+    "Bytes of each text of a heap by its number; None where walking through it would not end."
+    here, end, sizes = at + 16, min(at + _number(m, at + 8, 8), len(m)), {}
     while here + 16 <= end:
-        size = number(here + 8, 8)
-        step = (16 + (size + 7)//8*8) % 2**64 if number(here, 2) else size
-        if not step: return True
-        here += step
+        number, size = _number(m, here, 2), _number(m, here + 8, 8)
+        step = (16 + (size + 7)//8*8) % 2**64 if number else size
+        if not step: return None
+        sizes[number], here = size, here + step
+    return sizes
+
+def _speaks_of_more(m, heap, sizes, end):
+    "Whether a header refers to a text as longer than it is, for which the library would take that memory."
+    address = heap.to_bytes(8, 'little')
+    at = m.find(address, 4, end)
+    while at >= 0:
+        if _number(m, at - 4, 4) > sizes.get(_number(m, at + 8, 4), 2**32): return True
+        at = m.find(address, at + 8, end)
     return False
 
 # %% ../../nbs/geo/02_io.ipynb #7ef985b5
@@ -252,6 +264,7 @@ def read_netcdf(
 ) -> xr.Dataset: # Opened lazily; `.load()` brings it to memory
     "Open a NetCDF file with its grid mapping among the coordinates; raises `DataError` where it is not one."
     with reading(path, 'NetCDF'):
+        check_heaps(path)
         with netCDF4.Dataset(path) as f:
             for v in f.variables.values(): check_announced(path, v.size*getattr(v.dtype, 'itemsize', 1))
         ds = _leads(xr.open_dataset(path, engine='netcdf4', decode_coords='all', decode_timedelta=False))
