@@ -14,7 +14,10 @@ GRID = Grid('EPSG:32611', (375, 0, 269625, 0, -375, 4178250), 12, 15)
 DATES = np.arange('2020-09-05', '2020-09-09', dtype='datetime64[D]')
 
 
-def data(): return np.random.default_rng(0).normal(size=(4, 23, 12, 15)).astype(np.float32)
+def data():
+    values = np.random.default_rng(0).normal(size=(4, 23, 12, 15)).astype(np.float32)
+    values[:, 22] = np.maximum(values[:, 22], 0) # hours
+    return values
 
 
 def raw_file(path, values=None, **attrs):

@@ -149,7 +149,7 @@ def _describe(path, file, crs, origin):
     dataset = file['data']
     block = _block_of(path, dataset)
     check_heaps(path, (block, block + dataset.nbytes) if block else (0, 0))
-    attrs = dict(dataset.attrs)
+    attrs = {name: _attribute(path, dataset, name) for name in ATTRIBUTES if name in dataset.attrs}
     if 'img_dates' not in attrs: raise DataError(f"{path}: dataset 'data' lacks the attribute 'img_dates', the list of its days")
     dates = parse_dates(np.atleast_1d(attrs['img_dates']), path)
     check_layout(path, dataset.shape, dates)
@@ -161,12 +161,20 @@ def _describe(path, file, crs, origin):
     if not _on_earth(grid): raise DataError(f"{path}: transform {grid.transform} and CRS {grid.crs[:60]} place it nowhere on Earth; mend them, or give crs= and origin=")
     return Fire(path, name, int(year), dates, dataset.shape, grid, block, dataset.dtype)
 
+ATTRIBUTES = ('year', 'fire_name', 'img_dates', 'lnglat', 'crs', 'transform', 'georeference')
+
+def _attribute(path, dataset, name):
+    kind = dataset.attrs.get_id(name).dtype
+    if kind.kind not in 'fiuS' and not h5py.check_string_dtype(kind): raise DataError(f"{path}: attribute '{name}' holds {kind}, neither numbers nor text") # the HDF5 library may crash on the rest
+    return dataset.attrs[name]
+
 def _block_of(path, dataset):
     "Where the numbers lie in the file, None for chunks; refuse numbers that are elsewhere, none, or never written."
     if dataset.dtype.kind not in 'fiu': raise DataError(f"{path}: 'data' holds {dataset.dtype}, needed are real numbers such as float32")
     if dataset.is_virtual or dataset.external or Path(dataset.file.filename) != path: raise DataError(f"{path}: 'data' points into other files; write its numbers into this one, for instance with h5repack")
     if dataset.nbytes > 2000*dataset.id.get_storage_size(): raise DataError(f"{path}: only {dataset.id.get_storage_size():,} of {dataset.nbytes:,} bytes of 'data' were ever written; copy or convert it again")
-    return dataset.id.get_offset() if dataset.chunks is None else None
+    plain = dataset.id.get_type() == h5py.h5t.py_create(dataset.dtype) # other layouts of bits are left to the library
+    return dataset.id.get_offset() if plain and dataset.chunks is None else None
 
 def _on_earth(grid):
     "Whether the outermost cells have a longitude and a latitude."
