@@ -23,7 +23,7 @@ from rasterio.errors import RasterioError
 
 from ..core import DataError, atomic_path, check_choice
 from .channels import PROTOCOLS
-from .wsts import STORED, Fire, check_storage, detection_hours, half_overflow, open_fire, parse_dates, write_fire
+from .wsts import STORED, UNREADABLE, Fire, check_storage, detection_hours, half_overflow, open_fire, parse_dates, write_fire
 from ..geo.grid import Grid
 from ..geo.io import grid_of, read_geotiff, write_geotiff
 
@@ -48,15 +48,22 @@ def day_files(
     "List the images of a fire; raise `DataError` where there are none."
     files = sorted(p for p in Path(folder).glob('*.tif') if re.fullmatch(r'\d{4}-\d\d-\d\d', p.stem))
     if not files: raise DataError(f'no day in {folder}: expected files such as 2020-09-05.tif')
+    lost = next((p for p in files if not p.exists()), None)
+    if lost: raise DataError(f'{lost} is a link that leads nowhere; download the file')
     return files
 
 def read_day(
     file: str | Path, # An image of 23 bands
 ) -> xr.DataArray: # (23, H, W) with its place; the last band is HHMM
-    "Read an image; raise `DataError` where it is damaged or has other bands."
+    "Read an image; raise `DataError` where it is damaged, has other bands or times that no day has."
     try: image = read_geotiff(file)
     except RasterioError as e: raise DataError(f'{file}: damaged, it cannot be read to its end ({e.__cause__ or e}); download it again') from e
+    except DataError as e: raise e if str(file) in str(e) else DataError(f'{file}: {e}') from e
     if image.ndim != 3 or len(image) != len(STORED): raise DataError(f'{file}: {len(image) if image.ndim == 3 else 1} bands, {len(STORED)} needed')
+    if image.dtype.kind not in 'fiu': raise DataError(f'{file}: holds {image.dtype}, needed are real numbers')
+    clock = image.values[-1][np.isfinite(image.values[-1])]
+    wrong = clock[(clock < 0) | (clock >= 2400) | (clock % 100 >= 60)]
+    if wrong.size: raise DataError(f'{file}: {wrong[0]:g} in the last band is no time of day such as 1342; download it again')
     return image
 
 # %% ../../nbs/fire/04_convert.ipynb #e2d60250
@@ -153,7 +160,7 @@ def convert_fire(
 def _is_done(path, stamp):
     try:
         with h5py.File(path) as f: return f['data'].attrs['source'] == stamp and f['data'].attrs['checksum'] == checksum(f['data'])
-    except (OSError, KeyError): return False
+    except UNREADABLE: return False
 
 # %% ../../nbs/fire/04_convert.ipynb #04c8284f
 def find_tiffs(
