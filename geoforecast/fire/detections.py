@@ -25,6 +25,7 @@ from ..geo.grid import Grid
 _FIRMS, _FEDS = ['latitude', 'longitude', 'acq_date', 'acq_time'], ['lat', 'lon', 'datetime']
 _COLUMNS = ['lon', 'lat', 'time', 'day', 'frp', 'confidence', 'satellite', 'type']
 _WORDS = {'l': 'low', 'n': 'nominal', 'h': 'high'}
+_SATELLITES = pd.Timestamp('1970-01-01'), pd.Timestamp('2099-12-31') # have been and will be looking for fires
 
 def read_detections(
     path: str | Path, # A CSV file, or a folder of .csv and .txt files; other files are ignored
@@ -45,8 +46,14 @@ def detection_files(
 
 def _read(path):
     try: raw = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except (ValueError, UnicodeDecodeError) as e: raise DataError(f'{path}: not a CSV table ({str(e).splitlines()[0]})') from e
+    except (ValueError, OSError, OverflowError) as e: raise DataError(f'{path}: not a CSV table ({e})') from e
     raw.columns = raw.columns.str.strip().str.lower()
+    if not isinstance(raw.index, pd.RangeIndex): raise DataError(f'{path}: line 2 has more fields than the header; mend the table')
+    names = raw.columns.str.replace(r'\.\d+$', '', regex=True) # pandas numbers those that are there twice
+    if names.has_duplicates: raise DataError(f"{path}: two columns are called '{names[names.duplicated()][0]}'; leave one out")
+    with open(path, encoding='utf-8', errors='replace') as f: lines = sum(1 for line in f if line.strip())
+    if lines != len(raw) + 1: raise DataError(f'{path}: {lines} lines make {len(raw)} rows and a header; a quote is missing, or a field goes over several lines')
+    raw = raw.fillna('')
     if set(_FIRMS) <= set(raw): table = _firms(raw)
     elif set(_FEDS) <= set(raw): table = _feds(raw)
     else: raise DataError(f"{path}: columns {', '.join(raw)[:80]}; needed are {', '.join(_FIRMS)} (FIRMS) or {', '.join(_FEDS)} (FEDS)")
@@ -61,21 +68,23 @@ def _firms(raw):
     clock = raw.acq_time.str.replace(':', '').str.zfill(4)
     return pd.DataFrame(dict(lon=_number(raw.longitude), lat=_number(raw.latitude), time=pd.to_datetime(raw.acq_date + ' ' + clock, format='%Y-%m-%d %H%M', errors='coerce'),
                              frp=_number(_column(raw, 'frp')), confidence=_confidence(_column(raw, 'confidence')),
-                             satellite=_column(raw, 'satellite'), type=_number(_column(raw, 'type', '0')).fillna(0).astype(int)))
+                             satellite=_column(raw, 'satellite'), type=_number(_column(raw, 'type', '0').str.strip().replace('', '0'))))
 
 def _feds(raw):
-    time = pd.to_datetime(raw.datetime, errors='coerce', utc=True).dt.tz_localize(None)
+    time = pd.to_datetime(raw.datetime, format='ISO8601', errors='coerce', utc=True).dt.tz_localize(None)
     return pd.DataFrame(dict(lon=_number(raw.lon), lat=_number(raw.lat), time=time, frp=_number(_column(raw, 'frp')),
                              confidence='', satellite=_column(raw, 'sat'), type=0))
 
 def _confidence(column):
-    words, percent = column.str.lower().replace(_WORDS), _number(column)
-    return words.where(percent.isna(), np.select([percent < 30, percent < 80], ['low', 'nominal'], 'high'))
+    words, percent = column.str.strip().str.lower().replace(_WORDS), _number(column)
+    return words.where(~percent.between(0, 100), np.select([percent < 30, percent < 80], ['low', 'nominal'], 'high'))
 
 def _checked(path, table):
-    possible = table.lon.between(-180, 360) & table.lat.between(-90, 90) & table.time.notna()
-    if not possible.all(): raise DataError(f'{path}: line {np.flatnonzero(~possible)[0] + 2} has no possible longitude, latitude or time; mend or delete it')
-    return table.astype(dict(time='datetime64[s]', day='datetime64[s]'))
+    possible = dict(longitude=table.lon.between(-180, 360), latitude=table.lat.between(-90, 90), time=table.time.between(*_SATELLITES), type=table.type.isin(range(4)),
+                    confidence=table.confidence.isin(['', *_WORDS.values()]))
+    for name, good in possible.items():
+        if not good.all(): raise DataError(f'{path}: line {np.flatnonzero(~good)[0] + 2} has no possible {name}; mend or delete it')
+    return table.astype(dict(time='datetime64[s]', day='datetime64[s]', type=int))
 
 # %% ../../nbs/fire/06_detections.ipynb #ac5ee37e
 def select_detections(
@@ -142,12 +151,12 @@ def detections_to_fire(
     "Make a fire file of detections; raise `DataError` where nothing is left or the points are too far apart for one fire."
     table = _complete(detections) if isinstance(detections, pd.DataFrame) else read_detections(detections)
     chosen = select_detections(table, low_confidence, bounds)
-    if not len(chosen): raise DataError(f'none of {len(table)} detections is left to make a fire of; check bounds and confidence')
+    if not len(chosen): raise DataError(f"{'' if isinstance(detections, pd.DataFrame) else f'{detections}: '}none of {len(table)} detections is left to make a fire of; check bounds and confidence")
     if covered is None: covered = _span(table) if isinstance(detections, pd.DataFrame) else covered_days(detections)
     covered = np.array([str(d)[:10] for d in covered], 'datetime64[D]')
     days = np.arange(_day(chosen.day.min()), max(_day(chosen.day.max()), covered.max()) + 1)
     grid = Grid.around(chosen.lon, chosen.lat, size=size, margin=margin, crs=crs)
-    _check_size(grid, days)
+    _check_size(grid, days, '' if isinstance(detections, pd.DataFrame) else f'{detections}: ')
     data = np.full((len(days), len(STORED), *grid.shape), np.nan, np.float32)
     for name, values in (weather_bands(weather, days, grid) if weather else {}).items(): data[:, BAND[name]] = values
     data[:, BAND['detection_hour']] = detection_layers(chosen, days, grid)
@@ -163,6 +172,6 @@ def _day(time): return time.to_datetime64().astype('datetime64[D]')
 
 def _span(table): return np.arange(_day(table.day.min()), _day(table.day.max()) + 1)
 
-def _check_size(grid, days):
+def _check_size(grid, days, where):
     gigabytes = 4*len(days)*len(STORED)*grid.height*grid.width/1e9
-    if gigabytes > 8: raise DataError(f'{len(days)} days of {grid.height} x {grid.width} pixels need {gigabytes:.0f} GB: more than one fire? choose one with bounds=(west, south, east, north), or fewer days with covered=')
+    if gigabytes > 8: raise DataError(f'{where}{len(days)} days of {grid.height} x {grid.width} pixels need {gigabytes:.0f} GB: more than one fire? choose one with bounds=(west, south, east, north), or fewer days with covered=')
