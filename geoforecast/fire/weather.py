@@ -19,7 +19,7 @@ from ..core import ConfigError, DataError
 from .channels import BAND, BANDS
 from .wsts import STORED, open_fire, write_fire
 from ..geo.grid import Grid, center_lonlat, convert_units, wrap_longitude
-from ..geo.io import grid_of, read_netcdf, read_zarr, spatial_dims
+from ..geo.io import grid_of, read_netcdf, read_zarr, reading, spatial_dims
 
 # %% ../../nbs/fire/08_weather.ipynb #2ca0ce65
 VARIABLES = {alias: (name, unit) for name, unit, *aliases in map(str.split, """
@@ -113,7 +113,15 @@ def _placed(field, data):
     other = [f'{d} ({n})' for d, n in field.sizes.items() if d not in (y, x, *time)]
     if other: raise DataError(f"variable '{field.name}' has the dimension {', '.join(other)}; select one of it (time is understood in the standard calendar only)")
     field = field.rename({y: 'y', x: 'x'} | {d: 'time' for d in time}).transpose(..., 'y', 'x')
+    for name in (*(['time'] if time else []), 'y', 'x'): _check_axis(field, name, geographic)
     return field.sortby([*(['time'] if time else []), 'y', 'x']).assign_coords(crs=crs)
+
+def _check_axis(field, name, geographic):
+    "Refuse coordinates that are no numbers, impossible or there twice; longitudes may close a circle."
+    values = field[name].values
+    if values.dtype.kind not in 'fiuM' or not np.isfinite(values).all(): raise DataError(f"variable '{field.name}': its {name} coordinates hold other things than numbers; mend them")
+    if geographic and name == 'y' and np.abs(values).max(initial=0) > 90: raise DataError(f"variable '{field.name}': latitude {values[np.abs(values).argmax()]:g} does not exist; mend the coordinates")
+    if len(np.unique(values)) < len(values): raise DataError(f"variable '{field.name}': coordinates along {name} are there twice; leave one of each out")
 
 def _join(name, parts):
     if len(parts) == 1 or 'time' not in parts[0].dims: return parts[0]
@@ -242,7 +250,13 @@ def weather_bands(
     days: np.ndarray, # (T,) datetime64[D], ascending
     grid: Grid, # The fire's
 ) -> dict[str, np.ndarray]: # Band name to (T, H, W) float32, NaN where the weather says nothing
-    "Bring weather and terrain to a fire's pixels and days; raise `DataError` where no variable is of use, warn of what stays empty."
+    "Bring weather and terrain to a fire's pixels and days; raise `DataError` where no variable is of use, warn of what stays empty and of numbers that nature does not have."
+    if isinstance(weather, xr.Dataset): return _bands(weather, days, grid, 'weather')
+    try:
+        with reading(weather, 'weather'): return _bands(weather, days, grid, weather)
+    except DataError as e: raise e if str(weather) in str(e) else DataError(f'{weather}: {e}') from e
+
+def _bands(weather, days, grid, where):
     fields, outside = {}, 0.
     for name, field in weather_fields(weather).items():
         x, y = pixel_places(field.crs.item(), grid)
@@ -251,8 +265,19 @@ def weather_bands(
     found = {n: _on_fire(n, f, days, grid) for n, f in derive_bands(fields).items()}
     if not found: raise DataError(f"{', '.join(fields)} alone make no band; wind needs both components, humidity the dew point and the pressure")
     if 'elevation' in found and not {'slope', 'aspect'} & set(found): found |= terrain_bands(found['elevation'], grid)
+    found = {n: _natural(n, v, where) for n, v in found.items()}
     _tell(outside, [v for v in found.values() if v.ndim == 3], len(days))
     return {b: np.broadcast_to(found[b].astype(np.float32), (len(days), *grid.shape)) for b in STORED if b in found}
+
+_LEAST, _MOST = dict(temperature_min=150, temperature_max=150), dict(specific_humidity=.1) # where a unit that is wrong stays within the limit of the band
+
+def _natural(name, values, where):
+    limit = BANDS[BAND[name]].limit
+    wrong = np.isfinite(values) & ~((values >= _LEAST.get(name, -limit)) & (values <= _MOST.get(name, limit)))
+    text = f'{where}: {wrong.sum():,} of {np.isfinite(values).sum():,} values of {name} are none that nature has in {BANDS[BAND[name]].unit}, such as {values[wrong][:1]}'
+    if 2*wrong.sum() > np.isfinite(values).sum(): raise DataError(f"{text}; is the attribute 'units' right?")
+    if wrong.any(): warnings.warn(f'{text}; they stay NaN', stacklevel=5)
+    return np.where(wrong, np.nan, values)
 
 def _around(field, days):
     "Cut the days out, and a time step more on both sides, by which the step is still known."
