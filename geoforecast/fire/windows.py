@@ -107,8 +107,8 @@ def split_windows(
 def summary(
     fires: list[Fire], # Any number
 ) -> str:
-    "Name the first four fires and their days, for messages."
-    text = ', '.join(f'{f.name} {f.dates[0]} to {f.dates[-1]}' for f in fires[:4])
+    "Name the files and days of the first four fires, for messages."
+    text = ', '.join(f'{f.path.name} {f.dates[0]} to {f.dates[-1]}' for f in fires[:4])
     return text + (f' and {len(fires) - 4} more' if len(fires) > 4 else '')
 
 # %% ../../nbs/fire/11_windows.ipynb #3d7705a3
