@@ -288,12 +288,12 @@ def setup(self: FireDataModule, stage: str | None = None):
     self.fires = [loaded(f, range(23) if self.bands is None else self.bands) for f in self.fires]
     if stage == 'fit':
         if not any(self.fires[w.fire].mask(slice(w.day + 1, w.day + 2)).any() for w in self.windows['val']):
-            raise DataError(f"nothing burns on the {len(self.windows['val'])} validation days, so no score can choose a checkpoint; choose other val_fires or an earlier val_start_date")
+            raise DataError(f"{self.data_dir}: nothing burns on the {len(self.windows['val'])} validation days, so no score can choose a checkpoint; choose other val_fires or an earlier val_start_date")
         self.statistics = self._statistics()
 
 @patch
 def _statistics(self: FireDataModule):
-    statistics, whole = Statistics(), self.rules['statistics_of'] == 'fires'
+    statistics, whole = Statistics(str(self.data_dir)), self.rules['statistics_of'] == 'fires'
     for i in sorted({w.fire for w in self.windows['train']}):
         days = {d for w in self.windows['train'] if w.fire == i for d in range(w.day - self.window_size + 1, w.day + 1)}
         one = FireWindows([self.fires[i]], [Window(0, d) for d in (range(len(self.fires[i].dates)) if whole else sorted(days))], 1, bands=self.bands)
