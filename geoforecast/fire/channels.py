@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import ConfigError, DataError, check_choice, html_table, nearest
+from ..learn.loading import Rooms
 from .features import REACH, fire_density, front_distance, progression_rate, relative_hour, wind_toward_front
 
 # %% ../../nbs/fire/01_channels.ipynb #f462de52
@@ -170,7 +171,10 @@ class Beyond:
 
 class Statistics:
     "Collect mean, standard deviation and fire rate over a stream of raw arrays."
-    def __init__(self):
+    def __init__(self,
+        where: str = 'the data that statistics are taken of', # File or folder, for messages
+    ):
+        self.where = where
         self.beyond = Beyond(range(len(BANDS)))
         self.count, self.mean, self.square = (np.zeros(len(BANDS)) for _ in range(3))
         self.pixels = self.fires = 0
@@ -199,7 +203,7 @@ class Statistics:
 
     def compute(self) -> dict: # `mean`, `std`, `count` (24 numbers each), `pos_class_weight`; plain numbers, ready for JSON
         "Return the statistics; a band without values or without variation keeps a standard deviation of 1. Warn of values beyond the limits, raise `DataError` where they are most of a band."
-        self.beyond.tell('the data that statistics are taken of')
+        self.beyond.tell(self.where)
         std = np.sqrt(self.square/np.maximum(self.count, 1))
         return dict(mean=self.mean.tolist(), std=np.where(std > 0, std, 1.).tolist(), count=self.count.astype(int).tolist(),
                     pos_class_weight=self.pixels/self.fires if self.fires else 1.)
@@ -236,7 +240,7 @@ class FireInputs(nn.Module):
         self.register_buffer('std', torch.ones(len(BANDS)))
         self.register_buffer('classes', torch.arange(18.), persistent=False)
         self.register_buffer('limits', torch.tensor([b.limit for b in BANDS]), persistent=False)
-        self._runs = _runs([_table[c] for c in self.channels])
+        self._runs, self._rooms = _runs([_table[c] for c in self.channels]), Rooms()
 
     @property
     def output_dim(self) -> int: return len(self.channels)
@@ -289,7 +293,8 @@ def forward(
 ) -> Tensor: # (B, T, C, H, W) float32, without NaN
     "Return the channels in the order of `channels`."
     (b, t, _, *size), done = raw.shape, 0
-    out = torch.empty(b, t, self.output_dim, *size, device=raw.device)
+    shape = b, t, self.output_dim, *size
+    out = self._rooms.get(*shape) if raw.device.type == 'cpu' else torch.empty(shape, device=raw.device)
     for operation, first, last in self._runs:
         self._write(out[:, :, done:done + last - first + 1], operation, raw, slice(first, last + 1))
         done += last - first + 1
