@@ -189,7 +189,7 @@ def _built(build, tensors, folder):
     "Build a module in memory only after it has been built without, and is as large as the tensors that came with it."
     try:
         with torch.device('meta'): own = _tensors_of(build())
-    except GeoforecastError: raise
+    except GeoforecastError as e: raise e if Path(folder).name in str(e) else BundleError(f'{folder}: {e}') from e
     except Exception as e: raise BundleError(f'{folder}: its configuration builds no model ({type(e).__name__}: {e}); copy the bundle again') from e
     wrong = sorted(set(own) ^ set(tensors)) or sorted(k for k in own if own[k].shape != tensors[k].shape)
     if wrong: raise BundleError(f"{folder}: weights and configuration do not belong together, {len(wrong)} tensors differ, such as '{wrong[0]}'")
