@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import ConfigError, DataError, atomic_path, html_table
 from ..learn.forecaster import Batch, StepSampler
-from .atmosphere import open_atmosphere
+from .atmosphere import in_file, open_atmosphere
 from .channels import channels_of
 from .normalize import Fill, Normalizer, read_blocks
 from .regions import RegionConfig, select_region, warn_small
@@ -104,7 +104,8 @@ def stack_series(
             yield block, values
         faults.refuse()
     if memory_map is None:
-        whole = np.empty(shape, np.float32)
+        try: whole = np.empty(shape, np.float32)
+        except MemoryError as e: raise DataError(f'a series of {shape} (steps, channels, rows, columns) does not fit into memory; take a region, coarsen the data, or name a file with memory_map') from e
         for block, values in looked(): whole[block] = values
         return Stack(whole)
     with atomic_path(memory_map) as path, open(path, 'wb') as f:
@@ -186,8 +187,9 @@ class PrecipitationDataModule(L.LightningDataModule):
         self.memory_map, self.all_channels, self.num_epochs = memory_map, all_channels, num_epochs
         self._check(dict(window_size=window_size, target_offset=target_offset, batch_size=batch_size, eval_batch_size=eval_batch_size, coarsen=coarsen,
                          validation_frequency=validation_frequency, num_epochs=num_epochs))
-        self._open(step, coarsen)
-        self._split(dict(train_ratio=train_ratio, val_ratio=val_ratio, train_end_year=train_end_year, val_end_year=val_end_year, test_start_date=test_start_date), train_on_val)
+        with in_file(data_dir):
+            self._open(step, coarsen)
+            self._split(dict(train_ratio=train_ratio, val_ratio=val_ratio, train_end_year=train_end_year, val_end_year=val_end_year, test_start_date=test_start_date), train_on_val)
         self.samples_per_epoch = (validation_frequency or 0)*batch_size or len(self.windows['train'])
         if self.samples_per_epoch < batch_size: raise ConfigError(f'{self.samples_per_epoch} training windows are less than one batch of batch_size {batch_size}; lower it')
         self.seed, self._stack, self._statistics = torch.initial_seed(), None, None
@@ -196,7 +198,8 @@ class PrecipitationDataModule(L.LightningDataModule):
 @patch(as_prop=True)
 def stack(self: PrecipitationDataModule) -> Stack:
     "The series as one block."
-    if self._stack is None: self._stack = stack_series(self.atmosphere, self.channels, self.memory_map, self.fill)
+    if self._stack is None:
+        with in_file(self.data_dir): self._stack = stack_series(self.atmosphere, self.channels, self.memory_map, self.fill)
     return self._stack
 
 @patch(as_prop=True)

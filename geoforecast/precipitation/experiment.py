@@ -19,16 +19,28 @@ from fastcore.basics import patch
 from scipy.stats import false_discovery_control, norm
 
 from ..core import DataError, atomic_path, write_json
-from ..geo.io import grid_of, read_netcdf, spatial_dims, write_netcdf
+from ..geo.io import grid_of, read_netcdf, reading, spatial_dims, write_netcdf
 from ..geo.maps import DIFFERENCE, draw_coastlines, draw_field, map_axes, save_figure
 from ..learn.resample import DieboldMariano, bootstrap, diebold_mariano
+from .atmosphere import check_limits, check_numbers, in_file, place_field
+from .channels import RAIN
+from .moisture import rain_depth, time_step
 from .scores import block_length, goodness, rain_scores_of, rain_states
 
 # %% ../../nbs/precipitation/16_experiment.ipynb #2b683149
+def _stored(path):
+    "Read the rain of a NetCDF file in mm, or refuse what is no rain on a grid."
+    with in_file(path), reading(path, 'NetCDF'), read_netcdf(path) as ds:
+        if RAIN not in ds.data_vars: raise DataError(f"no variable {RAIN} among {', '.join(map(str, ds.data_vars))[:200] or 'none'}; give a predictions.nc, or data with rain of that name")
+        check_numbers(ds[RAIN], RAIN)
+        rain = rain_depth(ds[RAIN].load(), time_step(np.sort(ds.indexes['time'])))
+        if rain.indexes['time'].has_duplicates: raise DataError('a time is there twice; leave one out')
+        check_limits(place_field(rain).rename(RAIN))
+        return rain
+
 def _field(data):
     "Bring an array or the rain of a NetCDF file into memory, on ascending time, lat and lon."
-    if isinstance(data, (str, Path)):
-        with read_netcdf(data) as ds: return _field(ds['precipitation'].load())
+    if isinstance(data, (str, Path)): return _field(_stored(data))
     y, x = spatial_dims(data)
     return data.rename({y: 'lat', x: 'lon'}).transpose('time', 'lat', 'lon').sortby(['time', 'lat', 'lon'])
 
@@ -38,6 +50,7 @@ def common_fields(
     truth, # Rain that fell; may cover more
 ) -> tuple[xr.DataArray, xr.DataArray, xr.DataArray]: # On the same times and cells
     "Cut two forecasts and the truth to what they share; raise `DataError` where they cover different cells, or no common time."
+    named = [f' {Path(x).name}' if isinstance(x, (str, Path)) else '' for x in (first, second)]
     first, second, truth = (_field(x) for x in (first, second, truth))
     for name in ('lat', 'lon'):
         if not (a := first[name].values).shape == (b := second[name].values).shape or not np.allclose(a, b, atol=1e-3):
@@ -46,7 +59,10 @@ def common_fields(
     if len(times) < 2: raise DataError(f"forecasts from {_period(first)} and {_period(second)} and a truth from {_period(truth)} have {len(times)} times in common; two are the least")
     try: truth = truth.sel(time=times).sel(lat=first.lat, lon=first.lon, method='nearest', tolerance=1e-3)
     except KeyError as e: raise DataError(f"the truth does not have the cells of the forecasts, lat {first.lat.values[[0, -1]]}, lon {first.lon.values[[0, -1]]}") from e
-    return tuple(x.sel(time=times).assign_coords(lat=first.lat, lon=first.lon) for x in (first, second, truth))
+    first, second, truth = (x.sel(time=times).assign_coords(lat=first.lat, lon=first.lon) for x in (first, second, truth))
+    for which, name, x in zip(('first', 'second'), named, (first, second)):
+        if missing := int(x.isnull().sum()): raise DataError(f'the {which} forecast{name} has no value in {missing:,} of {x.size:,} places; a forecast with gaps cannot be compared')
+    return first, second, truth
 
 def _period(data): return f"{str(data.time.values[0])[:10]} to {str(data.time.values[-1])[:10]}"
 

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import DataError, html_table, write_json
+from ..geo.io import reading
 from .channels import RAIN, TABLE, channel_names, channels_of, split_channel, stack_channels
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #b1a27023
@@ -32,7 +33,8 @@ def read_blocks(
     steps = max(fits//chunk*chunk, chunk)
     for first in range(0, ds.sizes['time'], steps):
         block = slice(first, min(first + steps, ds.sizes['time']))
-        yield block, stack_channels(ds.isel(time=block).compute(), channels=channels)
+        with reading(f'steps {block.start + 1} to {block.stop}', 'numbers'): values = ds.isel(time=block).compute()
+        yield block, stack_channels(values, channels=channels)
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #b0680682
 class Moments:

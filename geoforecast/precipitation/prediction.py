@@ -26,7 +26,7 @@ from ..geo.io import georeference, grid_of, write_netcdf
 from ..geo.maps import RAIN, add_colorbar, draw_box, draw_coastlines, draw_field, map_axes, save_figure
 from ..learn.bundle import Bundle, load_bundle
 from ..learn.ensemble import Ensemble
-from .atmosphere import open_atmosphere, to_source_convention
+from .atmosphere import in_file, open_atmosphere, to_source_convention
 from .channels import channels_of
 from .data import stack_series, step_of, uniform_windows
 from .forecaster import PrecipitationForecaster, distribution
@@ -290,13 +290,10 @@ def forecast_bundle(
     "Forecast every series with a trained model; raise `DataError` where steps are missing, `ConfigError` for an impossible date."
     model, facts, region, files = bundle.forecaster, bundle.metadata, region_of(bundle), []
     for name, path in name_series(data).items():
-        try:
+        with in_file(path):
             atmosphere = open_atmosphere(path, facts.get('step'), facts.get('coarsen', 1))
             _, valid = forecast_times(atmosphere, model.window_size, _single(model).target_offset)
             forecast = forecast_series(model, atmosphere, region, _on(valid, date, name), batch_size)
-        except (DataError, BundleError) as e:
-            if path.name in str(e): raise
-            raise type(e)(f'{path.name}: {e}') from e
         about = dict(source=path.name, model=facts, region=region.to_dict() if region else None, channels=model.inputs.channels)
         files += write_forecast(Path(out)/name, forecast, cut_to_model(model, atmosphere, region), len(forecast.time) if visualize else 0, about)
     return files

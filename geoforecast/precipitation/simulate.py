@@ -18,6 +18,7 @@ from scipy.stats import norm
 
 from ..core import ConfigError
 from ..geo.io import write_netcdf
+from .atmosphere import standard_height
 
 # %% ../../nbs/precipitation/06_simulate.ipynb #217ffb39
 @dataclass(frozen=True)
@@ -80,9 +81,8 @@ _METRES = 111_195. # of a degree of latitude
 
 def _standard(level):
     "Height (m) and temperature (K) of a pressure level in the standard atmosphere (ISO 2533)."
-    height = 44_331*(1 - (level/1013.25)**.19026)
-    above = 11_000 + 6342*np.log(226.32/level)
-    return np.where(level > 226.32, height, above), np.where(level > 226.32, 288.15 - .0065*height, 216.65)
+    height = standard_height(level)
+    return height, np.where(level > 226.32, 288.15 - .0065*height, 216.65)
 
 def _carrier(levels): return int(np.argmin(np.abs(levels - 850)))
 
