@@ -1,8 +1,12 @@
 "Time things side by side: turn by turn in one process, so that a machine that slows down slows all of them."
 import gc
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 def interleaved(
@@ -46,3 +50,22 @@ def row(
     sign, _, bound = aim.partition(" ")
     reached = None if not aim else value >= float(bound) if sign == ">=" else value <= float(bound)
     return dict(suite=suite, what=what, value=value, lo=lo, hi=hi, unit=unit, aim=aim, reached=reached)
+
+
+MARK = """
+def _status(key): return next(int(line.split()[1])*1024 for line in open("/proc/self/status") if line.startswith(key))
+def mark():
+    global before
+    import gc
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5") # the peak counts from here
+    before = _status("VmHWM")
+"""
+
+
+def peak(
+    script: str,  # Python that imports, calls `mark()` and does its work; modules beside this one can be imported
+) -> int:  # Bytes
+    "Run a script in a fresh process and return its peak memory beyond that at `mark()`; Linux tells it."
+    found = subprocess.run([sys.executable, "-c", f"{MARK}\n{script}\nprint(_status('VmHWM') - before)"], check=True, capture_output=True, text=True, cwd=Path(__file__).parent, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])))
+    return int(found.stdout.split()[-1])
