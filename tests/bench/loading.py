@@ -1,6 +1,7 @@
 "Data: the loaders beside plain ones, and how long a training waits for them."
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import h5py
@@ -113,6 +114,7 @@ def tile_rows():
         data = SegmentationDataModule(folder, unlabelled_batch_size=0)
         data.setup("fit")
         tiles = data.tiles["train"]
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         def decode():
             for tile in tiles:
                 window = rasterio.windows.Window.from_slices(*tile.window)
