@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from ..core import DataError, html_table
 from .classes import IGNORE, ClassMapping
-from .splits import duplicates
+from .splits import duplicates, fingerprints
 from .tiles import SUFFIXES, find_classes, mask_values, open_scene, pair_files
 
 # %% ../../nbs/segmentation/09_check.ipynb #ce3d521b
@@ -64,9 +64,15 @@ def describe_folder(
         except DataError as e: found.broken[image] = str(e)
     labelled = [s for s in found.scenes if s.labelled]
     found.mapping = mapping or (find_classes(data_root, labelled) if labelled or (Path(data_root)/'class_mapping.csv').is_file() else None)
-    for s in labelled: _count(found, s)
-    found.twins = duplicates(found.scenes)
+    for s in labelled: _in_place(found, s, _count)
+    for s in found.scenes: _in_place(found, s, lambda _, scene: fingerprints(scene))
+    found.twins = duplicates([s for s in found.scenes if s.image not in found.broken])
     return found
+
+def _in_place(description, scene, look):
+    "Look at a scene, and note what is wrong with it."
+    try: look(description, scene)
+    except DataError as e: description.broken.setdefault(scene.image, str(e))
 
 # %% ../../nbs/segmentation/09_check.ipynb #586b9cf0
 def _percent(share): return '0' if not share else f'{100*share:.2g} %'

@@ -72,6 +72,7 @@ def patchify(
 def _keep_plan(path, plan):
     "Write how a mosaic is cut, or raise `DataError` where it was cut otherwise before."
     if not path.exists(): return write_json(path, plan)
-    before = json.loads(path.read_text(encoding='utf-8'))
+    try: before = dict(json.loads(path.read_text(encoding='utf-8')))
+    except (ValueError, TypeError) as e: raise DataError(f"{path} does not say any more how the patches beside it were cut ({e}); choose another folder, or delete this one") from e
     changed = [f'{k} {before.get(k)} then and {v} now' for k, v in plan.items() if before.get(k) != v]
     if changed: raise DataError(f"{path.parent} holds patches cut otherwise ({'; '.join(changed)}); choose another folder, or delete this one")

@@ -199,9 +199,12 @@ def read_selection(
     "Read a list of tiles; raise `DataError` naming line and value."
     path, found = Path(path), []
     if not path.is_file(): raise DataError(f'{path} does not exist; `geoforecast data segmentation select` writes such a list')
-    with open(path, newline='', encoding='utf-8-sig') as f:
-        for row in (reader := csv.DictReader(f)):
+    try: text = path.read_text(encoding='utf-8-sig')
+    except (UnicodeDecodeError, OSError) as e: raise DataError(f'{path} cannot be read as text: {e}') from e
+    try:
+        for row in (reader := csv.DictReader(text.splitlines())):
             try: found.append((row['scene'], *(int(row[k]) for k in ('row', 'column', 'size'))))
             except (KeyError, TypeError, ValueError) as e: raise DataError(f'{path} line {reader.line_num}: wanted scene, row, column and size as whole numbers ({e})') from None
+    except csv.Error as e: raise DataError(f'{path}: {e}; save the list as plain CSV') from e
     if not found: raise DataError(f'{path} lists no tile')
     return found
