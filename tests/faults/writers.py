@@ -218,3 +218,26 @@ def write_and_die(name: str, path: Path, version: int, event: int = 0, moment: f
     process.join(120)
     assert process.exitcode in (0, -signal.SIGKILL, -signal.SIGALRM), (name, process.exitcode)
     return mine.recv() if process.exitcode == 0 else None
+
+
+def try_disk(disk, place, kind):
+    "Write every output on a disk, then anew in a place that is full or takes nothing, and print how that ended."
+    for output in (o for o in OUTPUTS.values() if o.name != "run"):
+        folder, filler = output.name.replace(".", "_"), disk/"filler"
+        output.make(0)(disk/folder/output.name)
+        before, write = output.read(disk/folder/output.name), output.make(1)
+        if kind == "full":
+            with open(filler, "wb", buffering=0) as f:
+                try:
+                    while f.write(bytes(10_000)): pass
+                except OSError: f.truncate(f.tell() - 40_000)
+        try: error, text = "none", str(write(place/folder/output.name))
+        except Exception as e: error, text = type(e).__name__, str(e)
+        filler.unlink(missing_ok=True)
+        print(json.dumps(dict(name=output.name, disk=kind, kind=error, text=text, same=output.read(disk/folder/output.name) == before, left=[p.name for p in (disk/folder).iterdir()])), flush=True)
+
+
+if __name__ == "__main__":
+    disk, read_only = map(Path, sys.argv[1:])
+    try_disk(disk, disk, "full")
+    try_disk(disk, read_only, "read-only")
