@@ -204,6 +204,7 @@ def _train(self: Run):
     for logger in self.trainer.loggers: logger.log_hyperparams(self.config)
     try: self.trainer.fit(self.forecaster, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
     except (MemoryError, RuntimeError) as e: # torch's of GPUs is one of the latter
+        if self.trainer.received_sigterm or 'signal: Interrupt' in str(e): raise KeyboardInterrupt from e # which loaders, too, end of
         if told := advice(type(e).__name__, str(e)): raise ConfigError(f"{told}{see(self.config['model']['class_path'], 'out-of-memory')}") from e
         raise
     except SystemExit as e: raise KeyboardInterrupt from e # Lightning's way of ending on Ctrl-C
