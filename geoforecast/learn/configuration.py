@@ -12,6 +12,7 @@ import copy
 import os
 import re
 from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -66,7 +67,19 @@ def _read(path):
     try: found = yaml.load(Path(path).read_text(encoding='utf-8'), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(found, dict): raise ConfigError(f"{path} holds no settings; expected lines such as 'trainer:' and 'model:'")
+    wrong = next((k for k in ('model', 'data', 'trainer') if not isinstance(found.get(k, {}), dict)), None)
+    if wrong: raise ConfigError(f"{path}: '{wrong}' must hold settings, not '{str(found[wrong])[:80]}'")
     return found
+
+@contextmanager
+def named_after(
+    config: str | Path | dict, # Short name, YAML file or a configuration as a dict
+):
+    "Let errors about a configuration name the file that it came from."
+    try: yield
+    except ConfigError as e:
+        if isinstance(config, dict) or Path(config).suffix not in ('.yaml', '.yml') or str(config) in str(e): raise
+        raise ConfigError(f'{config}: {e}') from e
 
 # %% ../../nbs/learn/06_configuration.ipynb #46a74f28
 PACKAGES = ('geoforecast', 'torch', 'torchmetrics', 'lightning', 'kornia', '__main__')
@@ -220,6 +233,9 @@ def compose(
     **overrides, # Options by dotted or short name; text is read as YAML
 ) -> dict: # A whole configuration
     "Lay presets and overrides over a configuration; refuse names that do not exist."
+    with named_after(config): return _composed(config, trainer, data, overrides)
+
+def _composed(config, trainer, data, overrides):
     result = copy.deepcopy(config) if isinstance(config, dict) else _based(find_config(config))
     for section, preset in (('trainer', trainer), ('data', data)):
         if not preset: continue
