@@ -31,7 +31,7 @@ from torch import nn
 from ..core import ConfigError, GeoforecastError, advice, atomic_path, check_choice, exclusive, html_table, project_root, quiet_libraries, require, see
 from ..guard import check_archive, check_links, check_name
 from .callbacks import EpochReport, LatestCheckpoint, WholeCheckpoints, read_metrics
-from .configuration import RunOptions, compose, guard_imports, import_class
+from .configuration import RunOptions, compose, guard_imports, import_class, named_after
 from .forecaster import Forecaster
 from .metrics import score_key
 
@@ -237,7 +237,7 @@ def launch(
     quiet_libraries()
     level = check_choice('log_level', composed.get('log_level', 'info'), ('debug', 'info', 'warning'))
     if level == 'debug': logging.getLogger('lightning.pytorch').setLevel(logging.DEBUG)
-    cli = _instantiate(composed)
+    with named_after(config): cli = _instantiate(composed)
     check_links(cli.folder)
     text = cli.parser.dump(cli.config, skip_none=False)
     with _held(cli.folder, cli.trainer):
