@@ -10,7 +10,6 @@ import copy
 import math
 import mmap
 import warnings
-import weakref
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import ConfigError, DataError, atomic_path, html_table
 from ..learn.forecaster import Batch, StepSampler
+from ..learn.loading import AheadLoader, Rooms, as_is
 from .atmosphere import in_file, open_atmosphere
 from .channels import channels_of
 from .normalize import Fill, Normalizer, read_blocks
@@ -128,7 +128,7 @@ class PrecipitationDataset(Dataset):
         self.first, self.inputs = torch.from_numpy(np.asarray(first)), torch.arange(window_size)
         self.seconds = torch.from_numpy(times.astype('datetime64[s]').astype(np.int64))
         self._targets = stack.values[:, (0 if all_channels else -1):, :, upstream_columns:]
-        self._rooms = [] # of earlier batches, and weak references to them
+        self._rooms = Rooms()
 
     def __len__(self): return len(self.first)
 
@@ -139,19 +139,12 @@ class PrecipitationDataset(Dataset):
     def __getitems__(self, keys: list) -> Batch: # Positions, or pairs of position and seed
         sample = torch.tensor([k[0] if isinstance(k, tuple) else k for k in keys])
         steps = self.first[sample, None] + self.inputs
-        inputs = self.stack.gather(steps.ravel(), self._room(steps.numel())).unflatten(0, steps.shape)
+        room = self._rooms.get(steps.numel(), *self.stack.values.shape[1:])
+        inputs = self.stack.gather(steps.ravel(), room).unflatten(0, steps.shape)
         target = self._targets[steps[:, -1] + self.target_offset]
         valid = target.isfinite()
         return Batch(inputs, target.nan_to_num(0.), valid, self.seconds[steps], sample)
 
-    def _room(self, steps):
-        "Memory for so many steps: that of one of the last two batches where nobody holds it any more, else new."
-        self._rooms = [(room, held) for room, held in self._rooms if held() is not None or len(room) >= steps]
-        free = next((i for i, (_, held) in enumerate(self._rooms) if held() is None), None)
-        room = np.empty((steps, *self.stack.values.shape[1:]), np.float32) if free is None else self._rooms.pop(free)[0]
-        view = room[:steps]
-        self._rooms = [*self._rooms, (room, weakref.ref(view))][-2:]
-        return torch.from_numpy(view)
 
 # %% ../../nbs/precipitation/08_data.ipynb #db89a95c
 class PrecipitationDataModule(L.LightningDataModule):
@@ -270,11 +263,9 @@ def dataset(self: PrecipitationDataModule,
     return PrecipitationDataset(self.stack, self.times, self.windows[part], self.window_size, self.target_offset, self.upstream_columns, self.all_channels)
 
 # %% ../../nbs/precipitation/08_data.ipynb #b3e013d8
-def _as_is(batch): return batch
-
 @patch
 def _loader(self: PrecipitationDataModule, part, **order):
-    return DataLoader(self.dataset(part), collate_fn=_as_is, num_workers=self.num_workers, pin_memory=self.pin_memory, **order)
+    return AheadLoader(self.dataset(part), collate_fn=as_is, num_workers=self.num_workers, pin_memory=self.pin_memory, **order)
 
 @patch
 def fields(self: PrecipitationDataModule,
