@@ -146,6 +146,7 @@ def known_options(
 def _walk(section, prefix, options):
     if not isinstance(section, dict) or 'class_path' not in section: return
     options.append(prefix)
+    if not isinstance(section['class_path'], str): raise ConfigError(f"{prefix}: class_path must name a class, not '{str(section['class_path'])[:80]}'")
     args = section.get('init_args') or {}
     if not isinstance(args, dict): raise ConfigError(f"{prefix}: init_args must be settings, not '{str(args)[:80]}'")
     for name in _parameters(section['class_path']):
@@ -199,7 +200,8 @@ def _assign(config, name, value):
         config[first] = {'class_path': _class_path(value, present['class_path'])} if switched else value
         return
     node = config.setdefault(first, {})
-    _assign(node.setdefault('init_args', {}) if 'class_path' in node else node, '.'.join(rest), value)
+    if 'class_path' in node and node.get('init_args') is None: node['init_args'] = {}
+    _assign(node['init_args'] if 'class_path' in node else node, '.'.join(rest), value)
 
 # %% ../../nbs/learn/06_configuration.ipynb #3f0dfc80
 def classes_first(
