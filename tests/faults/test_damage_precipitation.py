@@ -16,11 +16,14 @@ import pytest
 import xarray as xr
 import zarr
 from damage import Judge, copied, random_damage
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from geoforecast.core import DataError
 from geoforecast.geo.io import write_netcdf
 from geoforecast.learn.bundle import Bundle
+from geoforecast.precipitation.atmosphere import open_atmosphere
 from geoforecast.precipitation.channels import channels_of
 from geoforecast.precipitation.check import check_atmosphere
 from geoforecast.precipitation.data import PrecipitationDataModule
@@ -501,3 +504,39 @@ def test_a_forecast_of_damaged_files(tmp_path, many, ledger):
     assert judge.try_file("whole", path) == "right", judge.report()
     judge.try_all(path, (random_damage(path.read_bytes(), seed) for seed in range(500 if many else 20)))
     finish(judge, "forecast of a damaged file", ledger)
+
+
+# Axes and attributes of any content
+
+numbers = st.one_of(st.floats(-400, 800), st.sampled_from([np.nan, np.inf, -np.inf, 1e36, 0., 90., -90., 100., 360., 850., 85000.]))
+units = st.one_of(st.sampled_from([*UNITS, "", "Pa", "hPa", "%", "1", "kg m-2 s-1", "K K", "degrees_north"]), st.text(max_size=6), st.integers(), st.floats())
+attribute = st.tuples(st.sampled_from(["DPT", "TEM", "U", "precipitation", "level", "lat"]), st.sampled_from(["units", "standard_name", "long_name", "axis"]), units)
+spoilt = st.tuples(st.sampled_from(["lat", "lon", "level"]), st.integers(0, 10), numbers)
+
+
+def test_axes_and_attributes_of_any_content(many, ledger):
+    "What is taken lies within the limits and on axes that ascend, and is the good file's where its numbers and units are."
+    good, endings = made(n_times=14, variables=("DPT", "TEM", "U")), Counter()
+
+    @settings(max_examples=3000 if many else 150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(attribute, max_size=2), st.lists(spoilt, max_size=2))
+    def read_any(attributes, places):
+        ds = good.copy(deep=True)
+        for name, key, value in attributes: ds[name].attrs[key] = value
+        for name, i, value in places:
+            values = ds[name].values.copy()
+            values[i % len(values)] = value
+            ds = ds.assign_coords({name: (name, values, ds[name].attrs)})
+        try: found = open_atmosphere(ds).compute()
+        except DataError as e:
+            assert "\n" not in str(e)
+            endings["refused"] += 1
+            return
+        for axis_name, low, high in (("lat", -90, 90), ("level", 0, 1100), ("lon", -361, 721)):
+            values = found[axis_name].values
+            assert (np.diff(values) > 0).all() and values.min() >= low and values.max() <= high, (axis_name, values)
+        for name, field in found.data_vars.items(): assert LIMITS[name][0] <= float(field.min()) and float(field.max()) <= LIMITS[name][1], name
+        if not attributes and not places: xr.testing.assert_equal(found.TEM, good.TEM.drop_attrs())
+        endings["right"] += 1
+    read_any()
+    ledger("axes and attributes of any content", endings.total(), **endings)
