@@ -26,7 +26,7 @@ def field(values, units, time=DAYS, dims=('day', 'lat', 'lon'), **attrs):
 @pytest.fixture
 def gridmet(tmp_path):
     "A folder of gridMET's files: the long names and units of its NetCDF."
-    folder, flat = tmp_path/'gridmet', LON + 2*LAT[:, None]
+    folder, flat = tmp_path/'gridmet', 330 + LON + 2*LAT[:, None]
     variables = dict(tmmn=('air_temperature', field(flat, 'K', cell_methods='time: minimum(interval: 24 hours)')), tmmx=('air_temperature', field(flat + 15, 'K', cell_methods='time: maximum(interval: 24 hours)')),
                      pr=('precipitation_amount', field(3., 'mm')), vs=('wind_speed', field(4., 'm/s')), th=('wind_from_direction', field(225., 'Degrees Clockwise from north')),
                      sph=('specific_humidity', field(.008, 'kg/kg')), erc=('energy_release_component-g', field(70., 'Unitless')),
@@ -39,7 +39,7 @@ def gridmet(tmp_path):
 def test_gridmet(gridmet):
     bands, (lon, lat) = weather_bands(gridmet, DAYS, GRID), GRID.lonlat()
     assert sorted(bands, key=BAND.get) == ['precipitation', 'wind_speed', 'wind_direction', 'temperature_min', 'temperature_max', 'energy_release_component', 'specific_humidity', 'pdsi']
-    np.testing.assert_allclose(bands['temperature_max'], np.stack([lon + 2*lat + 15]*3), atol=1e-4)
+    np.testing.assert_allclose(bands['temperature_max'], np.stack([330 + lon + 2*lat + 15]*3), atol=1e-4)
     np.testing.assert_allclose(bands['temperature_min'], bands['temperature_max'] - 15, atol=1e-4)
     for name, value in dict(precipitation=3, wind_speed=4, wind_direction=225, energy_release_component=70, specific_humidity=.008).items(): np.testing.assert_allclose(bands[name], value, rtol=1e-5)
     assert bands['pdsi'][:, 0, 0].tolist() == [0, 1, 1]

@@ -71,7 +71,8 @@ def _firms(raw):
                              satellite=_column(raw, 'satellite'), type=_number(_column(raw, 'type', '0').str.strip().replace('', '0'))))
 
 def _feds(raw):
-    time = pd.to_datetime(raw.datetime, format='ISO8601', errors='coerce', utc=True).dt.tz_localize(None)
+    whole = raw.datetime.str.fullmatch(r'\d{4}-\d\d-\d\d[ T]\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:?\d\d)?') # pandas takes 14:1 for 14:01
+    time = pd.to_datetime(raw.datetime.where(whole), format='ISO8601', errors='coerce', utc=True).dt.tz_localize(None)
     return pd.DataFrame(dict(lon=_number(raw.lon), lat=_number(raw.lat), time=time, frp=_number(_column(raw, 'frp')),
                              confidence='', satellite=_column(raw, 'sat'), type=0))
 
