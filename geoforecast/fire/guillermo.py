@@ -33,8 +33,9 @@ class NormedCell(ConvLSTMCell):
     def forward(self,
         x: Tensor, # (B, input, H, W)
         state: tuple[Tensor, Tensor] | None = None, # (h, c), (B, hidden, H, W) each; None is zero
+        weights: tuple[Tensor, Tensor] | None = None, # See `ConvLSTMCell`
     ) -> tuple[Tensor, Tensor]: # (h, c) after this step
-        h, c = super().forward(x, state)
+        h, c = super().forward(x, state, weights)
         return self.norm(h), c
 
 # %% ../../nbs/fire/17_guillermo.ipynb #90426304

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 # %% ../../nbs/nn/01_convlstm.ipynb #0e4d2c99
@@ -26,6 +27,78 @@ def update_state(
     return o*torch.tanh(c), c
 
 # %% ../../nbs/nn/01_convlstm.ipynb #96ecf84e
+def _tanh(x): return (x + x).sigmoid_().mul_(2).sub_(1) if x.dtype == torch.float32 else x.tanh()
+
+def _open_gates(gates, c):
+    "Squash `gates` in place; return hidden and cell state."
+    i, f, o, candidate = gates.chunk(4, 1)
+    squashed = _tanh(candidate)
+    gates.sigmoid_()
+    candidate.copy_(squashed)
+    new = torch.mul(i, candidate, out=squashed)
+    if c is not None: new.addcmul_(f, c)
+    return _tanh(new).mul_(o), new
+
+# %% ../../nbs/nn/01_convlstm.ipynb #148ca90a
+def _close_gates(gates, before, c, dh, dc):
+    "Return the gradients of the gates before squashing, and of the cell state before."
+    grad = torch.empty_like(gates)
+    (i, f, o, g), (di, df, do, dg) = gates.chunk(4, 1), grad.chunk(4, 1)
+    squashed = _tanh(c)
+    torch.mul(dh, squashed, out=do)
+    d = torch.ops.aten.tanh_backward(dh*o, squashed).add_(dc)
+    torch.mul(d, g, out=di)
+    if before is None: df.zero_()
+    else: torch.mul(d, before, out=df)
+    candidate = torch.ops.aten.tanh_backward(torch.mul(d, i, out=squashed), g)
+    torch.ops.aten.sigmoid_backward.grad_input(grad, gates, grad_input=grad)
+    dg.copy_(candidate)
+    return grad, d.mul_(f)
+
+# %% ../../nbs/nn/01_convlstm.ipynb #0d2bb40d
+def _beside(x, h, layout):
+    "Put input and state side by side, in this memory format."
+    if h is None: return x.contiguous(memory_format=layout)
+    both = torch.empty(len(x), x.shape[1] + h.shape[1], *x.shape[2:], dtype=x.dtype, device=x.device, memory_format=layout)
+    both[:, :x.shape[1]], both[:, x.shape[1]:] = x, h
+    return both
+
+def _gates_of(both, weight, bias):
+    return F.conv2d(both, weight[:, :both.shape[1]], bias, padding=weight.shape[-1]//2)
+
+def _conv_backward(grad, x, weight, wanted):
+    padding = [weight.shape[-1]//2]*2
+    return torch.ops.aten.convolution_backward(grad, x, weight, [len(weight)], [1, 1], padding, [1, 1], False, [0, 0], 1, wanted)
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, h, c, weight, bias, layout):
+        gates = _gates_of(_beside(x, h, layout), weight, bias)
+        h_new, c_new = _open_gates(gates, c)
+        ctx.save_for_backward(x, h, c, weight, gates, c_new)
+        ctx.layout = layout
+        return h_new, c_new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh, dc):
+        x, h, c, weight, gates, c_new = ctx.saved_tensors
+        grad, dc = _close_gates(gates, c, c_new, dh.contiguous(memory_format=ctx.layout), dc)
+        both, wanted, n = _beside(x, h, ctx.layout), ctx.needs_input_grad[0], x.shape[1]
+        dboth, dw, db = _conv_backward(grad, both, weight[:, :both.shape[1]], [wanted, True, True])
+        if h is None: return dboth, None, None, F.pad(dw, (0, 0, 0, 0, 0, weight.shape[1] - n)), db, None
+        if wanted: return dboth[:, :n], dboth[:, n:], dc, dw, db, None
+        return None, _conv_backward(grad, h, weight[:, n:], [True, False, False])[0], dc, dw, db, None
+
+# %% ../../nbs/nn/01_convlstm.ipynb #ca6ea1e7
+def _layout(x, cell):
+    "Return the memory format in which `cell` convolves `x`."
+    if not cell.written_out(x): together = not cell.conv.weight.is_contiguous()
+    else: together = _compute_type(x) != torch.float32 or x.shape[-2]*x.shape[-1] <= 1024
+    return torch.channels_last if together else torch.contiguous_format
+
+def _compute_type(x): return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
 @cache
 def _compiled_update(): return torch.compile(update_state, dynamic=True)
 
@@ -43,14 +116,31 @@ class ConvLSTMCell(nn.Module):
     def forward(self,
         x: Tensor, # (B, input, H, W)
         state: tuple[Tensor, Tensor] | None = None, # (h, c), (B, hidden, H, W) each; None is zero, and cheaper than zeros
+        weights: tuple[Tensor, Tensor] | None = None, # What `weights` gave; None casts them for this step
     ) -> tuple[Tensor, Tensor]: # (h, c) after this step
         h, c = state or (None, None)
-        gates = self._first_gates(x) if h is None else self.conv(torch.cat([x, h], 1))
-        return (_compiled_update() if self.compiled else update_state)(gates, c)
+        weight, bias = weights or self.weights(x)
+        if not self.written_out(x):
+            both = x if h is None else torch.cat([x, h], 1)
+            update = _compiled_update() if self.compiled and c is not None else update_state
+            return update(_gates_of(both, weight, bias), c)
+        x, h, c = (None if v is None else v.to(weight.dtype) for v in (x, h, c))
+        layout = _layout(x, self)
+        if torch.is_grad_enabled(): return _Step.apply(x, h, c, weight, bias, layout)
+        return _open_gates(_gates_of(_beside(x, h, layout), weight, bias), c)
 
-    def _first_gates(self, x):
-        weight = self.conv.weight[:, :self.input_dim]
-        return F.conv2d(x, weight, self.conv.bias, padding=self.conv.padding)
+    def weights(self,
+        x: Tensor, # Any input
+    ) -> tuple[Tensor, Tensor]: # Weight and bias in the type in which `x` is convolved
+        "Cast the weights once, for who takes many steps."
+        weight, bias = (p.to(_compute_type(x)) for p in self.conv.parameters())
+        return weight.contiguous() if self.written_out(x) else weight, bias
+
+    def written_out(self,
+        x: Tensor, # Any input
+    ) -> bool: # Whether the step written out for processors is taken
+        "Choose the way of a step; `_layout` chooses how its tensors lie in memory."
+        return x.device.type == 'cpu' and not (self.compiled or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
     def init_hidden(self,
         batch: int, # B
@@ -63,19 +153,23 @@ class ConvLSTMCell(nn.Module):
         return zeros, zeros.clone()
 
 # %% ../../nbs/nn/01_convlstm.ipynb #9353de09
-def _arrange(x, weight):
-    "Bring the window `x` to the type and layout in which convolutions with `weight` work, once."
-    device = x.device.type
-    if torch.is_autocast_enabled(device): x = x.to(torch.get_autocast_dtype(device))
-    if weight.is_contiguous() or not weight.is_contiguous(memory_format=torch.channels_last): return x
+def _arrange(x, cell):
+    "Bring the window `x` to the type and layout in which `cell` works, once; a written-out step lays out each day itself."
+    x = x.to(_compute_type(x))
+    if cell.written_out(x) or _layout(x, cell) == torch.contiguous_format: return x
     return x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x.shape[:2])
+
+def _stack(steps):
+    "Stack images in time without changing their layout."
+    if steps[0].is_contiguous(): return torch.stack(steps, 1)
+    return torch.stack([s.movedim(1, -1) for s in steps], 1).movedim(-1, 2)
 
 def _walk(cell, steps, checkpointing):
     "Let `cell` take all `steps`; return its hidden state after each and its last state."
-    state, outputs = None, []
+    state, outputs, weights = None, [], cell.weights(steps[0])
     again = checkpointing and torch.is_grad_enabled()
     for x in steps:
-        state = checkpoint(cell, x, state, use_reentrant=False) if again else cell(x, state)
+        state = checkpoint(cell, x, state, weights, use_reentrant=False) if again else cell(x, state, weights)
         outputs.append(state[0])
     return outputs, state
 
@@ -99,13 +193,13 @@ class ConvLSTM(nn.Module):
         x: Tensor, # (B, T, C, H, W)
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]: # All steps of the last layer (B, T, directions*hidden, H, W); last (h, c) of each layer and direction
         steps, states = self.steps(x)
-        return torch.stack(steps, 1), states
+        return _stack(steps), states
 
     def steps(self,
         x: Tensor, # (B, T, C, H, W)
     ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]: # As `forward`, the steps as a list of T tensors
         "Run over the window without stacking the steps, for who needs only some of them."
-        steps, states = _arrange(x, self.layers[0][0].conv.weight).unbind(1), []
+        steps, states = _arrange(x, self.layers[0][0]).unbind(1), []
         for cells in self.layers:
             walks = [_walk(cell, steps[::-1] if back else steps, self.checkpointing) for back, cell in enumerate(cells)]
             states += [state for _, state in walks]
