@@ -142,7 +142,7 @@ def find_models(
     bundle: str | Path = '', # One more, named first: a bundle or the run that wrote it
 ) -> dict[str, Path]: # By name
     "List the trained models in `outputs/segmentation`."
-    found = sorted(run_folder('segmentation', '').glob('*/bundle'))
+    found = sorted(run_folder('segmentation', 'run').parent.glob('*/bundle'))
     named = {p.parent.name: p for p in found}
     if not bundle: return named
     path = Path(bundle).resolve()

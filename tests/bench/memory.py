@@ -74,9 +74,9 @@ def nothing(folder, size): pass
 
 
 KINDS = {
-    "length of a series of rain": ("steps of 60 x 120, 4 channels", RAIN, nothing, (400, 1600, 6400)),
+    "length of a series of rain": ("steps of 60 x 120, 4 channels", RAIN, nothing, (1600, 6400, 25600)),
     "number of fires": ("fires of 8 x 64 x 64", FIRES, fires, (8, 32, 128)),
-    "size of a mosaic": ("rows of 2048 pixels", MOSAIC, mosaic, (512, 2048, 8192)),
+    "size of a mosaic": ("rows of 2048 pixels", MOSAIC, mosaic, (4096, 8192, 16384)),
     "number of scored pixels": ("pixels", PIXELS, nothing, (2**20, 2**22, 2**24)),
 }
 

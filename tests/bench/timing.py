@@ -53,19 +53,24 @@ def row(
 
 
 MARK = """
-def _status(key): return next(int(line.split()[1])*1024 for line in open("/proc/self/status") if line.startswith(key))
+def _held(): return next(int(line.split()[1])*1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 def mark():
-    global before
-    import gc
+    import gc, threading, time
+    global before, most
     gc.collect()
-    open("/proc/self/clear_refs", "w").write("5") # the peak counts from here
-    before = _status("VmHWM")
+    before = most = _held()
+    def watch():
+        global most
+        while True:
+            most = max(most, _held())
+            time.sleep(.002)
+    threading.Thread(target=watch, daemon=True).start()
 """
 
 
 def peak(
     script: str,  # Python that imports, calls `mark()` and does its work; modules beside this one can be imported
 ) -> int:  # Bytes
-    "Run a script in a fresh process and return its peak memory beyond that at `mark()`; Linux tells it."
-    found = subprocess.run([sys.executable, "-c", f"{MARK}\n{script}\nprint(_status('VmHWM') - before)"], check=True, capture_output=True, text=True, cwd=Path(__file__).parent, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])))
+    "Run a script in a fresh process and return its peak memory beyond that at `mark()`, without pages of files, which the system takes back; on Linux."
+    found = subprocess.run([sys.executable, "-c", f"{MARK}\n{script}\nprint(most - before)"], check=True, capture_output=True, text=True, cwd=Path(__file__).parent, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])))
     return int(found.stdout.split()[-1])
