@@ -343,15 +343,25 @@ def build_parser() -> Parser:
 # %% ../nbs/cli.ipynb #c9cea08f
 @contextmanager
 def _stopped_by_schedulers():
-    "Take the signal that schedulers send before they kill as Ctrl-C; processes that this one forks die of it, as usual."
-    own = os.getpid()
+    """Take the signal that schedulers send before they kill as Ctrl-C; processes that this one forks die of both, as usual.
+
+    Whatever fails after such a signal fails because of it: its own exception can be lost where Python cannot raise it.
+    """
+    own, told, before, unraisable = os.getpid(), [], {}, sys.unraisablehook
     def stop(number, frame):
         if os.getpid() != own: os._exit(128 + number)
+        told.append(number)
         raise KeyboardInterrupt
     if threading.current_thread() is not threading.main_thread(): return (yield)
-    before = signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGTERM, signal.SIGINT): before[number] = signal.signal(number, stop)
+    sys.unraisablehook = lambda lost: None if told else unraisable(lost)
     try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    except Exception as e:
+        if told: raise KeyboardInterrupt from e
+        raise
+    finally:
+        sys.unraisablehook = unraisable
+        for number, handler in before.items(): signal.signal(number, handler)
 
 def main(
     words: list[str] | None = None, # What follows `geoforecast`; the command line by default

@@ -224,6 +224,7 @@ def test_damaged_and_foreign_bundles_are_refused(bundle, tmp_path):
     def broken(name, change):
         other = shutil.copytree(folder, tmp_path / "other", dirs_exist_ok=True)
         (other / name).write_bytes(change((folder / name).read_bytes()))
+        if name == "metadata.json": (other / "SHA256SUMS").unlink()  # what the checksums would notice first
         return other
     for name, change, message in (("model.safetensors", lambda b: b[:-40], "damaged"), ("config.yaml", lambda b: b + b"#", "damaged"), ("metadata.json", lambda b: b[:-9], "not valid JSON"),
                                   ("metadata.json", lambda b: b.replace(b'"task": "precipitation"', b'"task": "fire"'), "task 'fire'")):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from geoforecast.core import ConfigError, DataError
-from geoforecast.fire.channels import FireInputs
+from geoforecast.fire.channels import BANDS, FireInputs
 from geoforecast.fire.data import FireDataModule, FireWindows
 from geoforecast.fire.protocols import CLASS_WEIGHTS, FIRES_A_YEAR, FOLDS, differences, fold_years, rules_of
 from geoforecast.fire.windows import windows_of
@@ -31,6 +31,7 @@ def made(tmp_path_factory):
     for k, year in enumerate((2018, 2019, 2020, 2021)):
         rng = np.random.default_rng(k)
         data = rng.normal(rng.uniform(-50, 50, 23)[:, None, None], 7, (8, 23, 45, 70)).astype('f4')
+        data *= np.minimum(1, np.array([band.limit for band in BANDS[:23]], 'f4')/100)[:, None, None]  # what nature can have
         for b in ANGLES: data[:, b] = rng.uniform(0, 360, (8, 45, 70))
         data[:, LAND_COVER] = rng.integers(1, 18, (45, 70))
         data[rng.random(data.shape) < .02] = np.nan

@@ -1,5 +1,6 @@
 """Sweeps and runs as processes: killed, interrupted, failing, in parallel, on a Dask cluster, as a SLURM script."""
 import csv
+import html
 import json
 import os
 import re
@@ -275,7 +276,8 @@ def test_the_page_of_a_failed_run_begins_with_what_failed_and_the_command_works(
     write_notebook(here/"walk.ipynb", "assert (folder.parent/'mended').exists(), '<b>too dry</b>'")
     assert main(["run", "walk.ipynb", "--output_dir", "out", "-p", "rate=.2"]) == 1
     command, page = capsys.readouterr().err.splitlines()[-1], nbformat.read("out/run.ipynb", 4)
-    assert "This run failed" in page.cells[0].source and "&lt;b&gt;too dry" in page.cells[0].source and command in page.cells[0].source and "Walking" in page.cells[0].source
+    assert "This run failed" in page.cells[0].source and "<b>" not in page.cells[0].source and "<b>too dry" in html.unescape(page.cells[0].source)
+    assert command in page.cells[0].source and "Walking" in page.cells[0].source
     assert '<span id="papermill-error-cell"' in "".join(c.source for c in page.cells) and page.cells[1].source.startswith("# A walk")
     (here/"mended").touch()
     elsewhere = here/"elsewhere"

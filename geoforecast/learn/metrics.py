@@ -232,6 +232,7 @@ class ScoreTable:
 
     def _cell(self, column, i):
         value, bounds = self.frame[column][i], [self.frame[f'{column}_{e}'][i] if f'{column}_{e}' in self.frame else np.nan for e in ('lo', 'hi')]
+        if isinstance(value, (list, dict)): return str(value)
         if pd.isna(value): return '-'
         if not isinstance(value, (float, np.floating)): return str(value)
         if not score_key(column): return f'{value:.0f}' if value == round(value) else f'{value:.4g}'

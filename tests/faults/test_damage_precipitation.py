@@ -518,7 +518,7 @@ def test_axes_and_attributes_of_any_content(many, ledger):
     "What is taken lies within the limits and on axes that ascend, and is the good file's where its numbers and units are."
     good, endings = made(n_times=14, variables=("DPT", "TEM", "U")), Counter()
 
-    @settings(max_examples=3000 if many else 150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=3000 if many else 150, deadline=None, database=None, derandomize=not many, suppress_health_check=list(HealthCheck))
     @given(st.lists(attribute, max_size=2), st.lists(spoilt, max_size=2))
     def read_any(attributes, places):
         ds = good.copy(deep=True)
