@@ -58,8 +58,8 @@ def main():
         for row in importlib.import_module(name).measure():
             found.append(row)
             print(line(row) if "what" in row else f"{name:9} curve: {row['curve']}", flush=True)
-        kept[name] = dict(machine=machine(), rows=[r for r in found if "what" in r], curves=[r for r in found if "curve" in r])
-        write_json(args.out, kept)
+            kept[name] = dict(machine=machine(), rows=[r for r in found if "what" in r], curves=[r for r in found if "curve" in r])
+            write_json(args.out, kept)  # what is measured stays where a suite is interrupted
     print(f"stored in {args.out}")
 
 

@@ -24,9 +24,9 @@ def scene_data(folder): return import_module("geoforecast.segmentation.simulate"
 
 
 TASKS = dict(
-    fire=(fire_data, ("logistic", "unet", "utae_small", "convlstm", "guillermo_v2_small"), dict(crop_size=64, samples_per_epoch=80), "max_epochs", (1, 4, 12), "ap", "average precision"),
-    precipitation=(rain_data, ("unet", "simvp", "convlstm_unet"), dict(validation_frequency=8), "max_epochs", (1, 4, 12), "rmse", "RMSE (mm)"),
-    segmentation=(scene_data, ("supervised_small", "consistency_small", "s4gan_small"), dict(eval_every=20, save_latest_every=20), "max_steps", (20, 80, 240), "miou", "mean IoU"))
+    precipitation=(rain_data, ("unet", "simvp", "convlstm_unet"), dict(validation_frequency=8), "max_epochs", (1, 3, 9), "rmse", "RMSE (mm)"),
+    segmentation=(scene_data, ("supervised_small", "consistency_small", "s4gan_small"), dict(eval_every=20, save_latest_every=20), "max_steps", (20, 60, 180), "miou", "mean IoU"),
+    fire=(fire_data, ("logistic", "unet", "utae_small", "convlstm", "guillermo_v2_small"), dict(crop_size=64, samples_per_epoch=48), "max_epochs", (1, 3, 9), "ap", "average precision"))
 
 
 def trained(config, data, folder, options):
