@@ -49,5 +49,5 @@ def measure():
                     scores.append([r[f"val/{key}"] for r in read_metrics(run.folder/"metrics.csv") if f"val/{key}" in r][-1])
                 lines[model] = dict(x=minutes, y=scores)
             rows = import_module(f"geoforecast.{task}.evaluation").report(run)
-            free = {r["model"]: r[key] for r in rows if r["split"] == "val" and r["model"] not in models and r.get(key) is not None}
+            free = {r["model"]: r[key] for r in rows if r["split"] == "val" and r["model"] != type(run.forecaster.network).__name__ and r.get(key) is not None}
         yield dict(curve=f"cost of {task}", title=f"{task}: what a score costs", lines=lines, baselines=free, x_label="processor minutes", y_label=f"{label} of the validation")
