@@ -147,7 +147,7 @@ def _walk(section, prefix, options):
     if not isinstance(section, dict) or 'class_path' not in section: return
     options.append(prefix)
     if not isinstance(section['class_path'], str): raise ConfigError(f"{prefix}: class_path must name a class, not '{str(section['class_path'])[:80]}'")
-    args = section.get('init_args') or {}
+    args = {} if section.get('init_args') is None else section['init_args']
     if not isinstance(args, dict): raise ConfigError(f"{prefix}: init_args must be settings, not '{str(args)[:80]}'")
     for name in _parameters(section['class_path']):
         if isinstance(args.get(name), dict): _walk(args[name], f'{prefix}.{name}', options)
