@@ -26,6 +26,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from ..core import ConfigError, GeoforecastError, advice, atomic_path, check_choice, exclusive, html_table, project_root, quiet_libraries, require, see
@@ -105,7 +106,7 @@ def _instantiate(composed):
     guard_imports()
     try: return ForecastCLI(Forecaster, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False, args=composed,
                             save_config_callback=None, seed_everything_default=0, parser_kwargs=dict(exit_on_error=False))
-    except (ArgumentError, ValueError) as e: raise _own(e) or ConfigError(_reason(e)) from e
+    except (ArgumentError, ValueError, MisconfigurationException) as e: raise _own(e) or ConfigError(_reason(e)) from e
 
 def _own(error):
     while error and not isinstance(error, GeoforecastError): error = error.__cause__ or error.__context__
