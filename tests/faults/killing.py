@@ -11,9 +11,11 @@ import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 TIMING = ("samples_per_second", "waiting_for_data", "peak_memory_gb")
@@ -218,3 +220,18 @@ def segmentation(folder, learner):
     return Training(f"segmentation/{learner}", dict(data_root=str(folder/"scenes"), encoder="tiny", size=32, batch_size=2, eval_batch_size=4, overlap=0, num_steps=12, save_latest_every=3,
                                                     eval_every=6, save_pred_every=6, learning_rate=1e-2, warmup_iters=2, ema_decay=.9, log_level="warning", **{"trainer.accelerator": "cpu"}) | own,
                     3, 4, renames=3)
+
+
+LEARNERS = ("supervised", "s4gan", "selftraining", "consistency")
+TRAININGS = dict(fire=fire, precipitation=precipitation) | {learner: partial(segmentation, learner=learner) for learner in LEARNERS}
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    "Return a function that gives a training by its name, its data made at the first call."
+    folder, made = tmp_path_factory.mktemp("data"), {}
+
+    def training_of(name) -> Training:
+        if name not in made: made[name] = TRAININGS[name](folder)
+        return made[name]
+    return training_of

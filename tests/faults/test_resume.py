@@ -1,28 +1,14 @@
 "A training that is killed at any moment and started again ends with the same bits as one that was left alone, in each of the three tasks."
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
-from killing import Training, assert_same_run, assert_whole, checkpoint, files, fire, hidden, log_of, precipitation, rows, segmentation
+from killing import LEARNERS, TRAININGS, assert_same_run, assert_whole, checkpoint, files, hidden, log_of, rows, training  # noqa: F401, a fixture
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
-LEARNERS = ("supervised", "s4gan", "selftraining", "consistency")
-TRAININGS = dict(fire=fire, precipitation=precipitation) | {learner: partial(segmentation, learner=learner) for learner in LEARNERS}
 KILLS, MANY = [dict(zip(TRAININGS, n)) for n in ((6, 6, 2, 2, 2, 2), (33, 33, 8, 9, 8, 9))]
 HARMLESS = ("cli_config.yaml", "metrics.csv", "training.log", "tensorboard", "latest.ckpt", "UNet_epoch_", ".training.lock")
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    "Return a function that gives a training by its name, its data made at the first call."
-    folder, made = tmp_path_factory.mktemp("data"), {}
-
-    def training_of(name) -> Training:
-        if name not in made: made[name] = TRAININGS[name](folder)
-        return made[name]
-    return training_of
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,13 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import nbformat
 import psutil
 import pytest
 import torch
-from killing import Training, assert_same_run, checkpoint, fire, on_call, precipitation, rows, segmentation, server
+from killing import TRAININGS, assert_same_run, checkpoint, on_call, rows, server, training  # noqa: F401, a fixture
 from writers import OUTPUTS
 
 from geoforecast import core
@@ -30,19 +29,6 @@ from geoforecast.learn.forecaster import Forecaster
 from geoforecast.learn.launch import launch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals, limits and mounts of POSIX")
-LEARNERS = ("supervised", "s4gan", "selftraining", "consistency")
-TRAININGS = dict(fire=fire, precipitation=precipitation) | {learner: partial(segmentation, learner=learner) for learner in LEARNERS}
-
-
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    "Return a function that gives a training by its name, its data made at the first call."
-    folder, made = tmp_path_factory.mktemp("data"), {}
-
-    def training_of(name) -> Training:
-        if name not in made: made[name] = TRAININGS[name](folder)
-        return made[name]
-    return training_of
 
 
 @pytest.fixture(scope="module")
