@@ -80,6 +80,7 @@ def describe_names(
     known, others = [f'{n} as {found}' if n != found else n for n, found in given.items() if found], [n for n, found in given.items() if not found]
     return [f'{head} {", ".join(names)[:200]}' for head, names in (('variables', known), ('not used:', others)) if names]
 
+# %% ../../nbs/precipitation/18_check.ipynb #fdde26d0
 def describe_changes(
     sources: list[xr.Dataset], # As `open_sources` gives them
     ds: xr.Dataset, # What `open_atmosphere` made of them
@@ -94,6 +95,7 @@ def describe_changes(
     if len(times) > 1 and (own := time_step(times)) != pd.Timedelta(ds.attrs['step']): changes.append(f"steps: from {own/pd.Timedelta('1h'):g}h to {ds.attrs['step']}, rain summed")
     return changes + (['latitudes: from the south; forecasts get the order of the source'] if convention['descending'] else [])
 
+# %% ../../nbs/precipitation/18_check.ipynb #8e0e7f94
 def describe_guesses(
     sources: list[xr.Dataset], # As `open_sources` gives them
 ) -> list[str]: # At most one line
@@ -102,6 +104,7 @@ def describe_guesses(
     taken = [f'{n} in {TABLE[n].unit}' for n, found in silent.items() if n == found]
     return [f"no unit: taken to be {', '.join(taken)}"] if taken else []
 
+# %% ../../nbs/precipitation/18_check.ipynb #4d380e45
 LITTLE = .5 # mm a step
 
 def describe_doubts(
@@ -113,6 +116,7 @@ def describe_doubts(
     if most < LITTLE: return [f"{RAIN}: {f'{most:.3g} mm a step at most' if most else 'it never rains'} in {len(ds.time)} steps; check its unit (mm, m or a rate)"]
     return []
 
+# %% ../../nbs/precipitation/18_check.ipynb #7949de66
 def check_atmosphere(
     path, # As `open_atmosphere` takes it
     step: str | None = None, # As `open_atmosphere` takes it
@@ -133,6 +137,7 @@ def check_atmosphere(
     found.suspicious += dict.fromkeys(str(w.message) for w in said if w.category is UserWarning)
     return found
 
+# %% ../../nbs/precipitation/18_check.ipynb #07dec81a
 def _look(found, ds, window_size, target_offset):
     found.recognised += [*describe_axes(ds), *describe_variables(ds)]
     found.suspicious += describe_doubts(ds)
