@@ -150,6 +150,21 @@ def print_results(
     if len(pictures) > 20: print(f'and {len(pictures) - 20} more pictures')
 
 # %% ../nbs/terminal.ipynb #fd1187f7
+class _Kept:
+    "A stream whose lines go to a log too."
+    def __init__(self, stream, log): self.stream, self.log, self.rest = stream, log, ''
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+    def write(self, text):
+        with self.log.lock:
+            if not self.rest: self.log.draw(False)
+            self.stream.write(text)
+            *lines, self.rest = (self.rest + text).split('\n')
+            for line in lines: self.log.keep(line.rstrip('\r').rpartition('\r')[2])
+            if not self.rest: self.log.draw()
+        return len(text)
+
+# %% ../nbs/terminal.ipynb #d6b6272c
 def duration(
     seconds: float,
 ) -> str: # Hours, minutes and seconds, such as 0:01:12
@@ -196,20 +211,6 @@ class RunLog:
         while not self.ended.wait(1):
             with self.lock:
                 if not any(stream.rest for stream in self.kept): self.draw()
-
-class _Kept:
-    "A stream whose lines go to a log too."
-    def __init__(self, stream, log): self.stream, self.log, self.rest = stream, log, ''
-    def __getattr__(self, name): return getattr(self.stream, name)
-
-    def write(self, text):
-        with self.log.lock:
-            if not self.rest: self.log.draw(False)
-            self.stream.write(text)
-            *lines, self.rest = (self.rest + text).split('\n')
-            for line in lines: self.log.keep(line.rstrip('\r').rpartition('\r')[2])
-            if not self.rest: self.log.draw()
-        return len(text)
 
 # %% ../nbs/terminal.ipynb #94535cc8
 @contextmanager
