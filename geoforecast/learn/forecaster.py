@@ -114,6 +114,7 @@ class Forecaster(L.LightningModule):
         self.train_metrics, self.val_metrics, self.test_metrics = (metrics.clone() for _ in range(3))
         self.run_seed, self.epochs_done, self.plateau = torch.initial_seed(), 0, None
 
+# %% ../../nbs/learn/05_forecaster.ipynb #02b40682
 @patch(as_prop=True)
 def predictor(self: Forecaster) -> nn.Module:
     "The network that predicts: the averaged one where there is one."
@@ -130,7 +131,7 @@ def logged_names(self: Forecaster) -> list[str]:
     losses = ['val/loss', 'train/total_loss', 'train/main_loss', 'train/deep_sup_loss', 'lr']
     return [f'val/{k}' for k in self.logged] + [f'train/{k}' for k in self.logged_train] + losses
 
-# %% ../../nbs/learn/05_forecaster.ipynb #02b40682
+# %% ../../nbs/learn/05_forecaster.ipynb #b09e6c87
 @patch
 def forward(self: Forecaster,
     raw: Tensor, # (B, T, C, H, W), as the loaders hand it out
@@ -158,6 +159,7 @@ def _called(self: Forecaster, network, raw, time):
     if time is None: raise ConfigError(f'{type(network).__name__} uses the times of its input steps; call it with `time`, (B, T) seconds since 1970')
     return network(self.inputs(raw), time)
 
+# %% ../../nbs/learn/05_forecaster.ipynb #00a1007d
 @patch
 def _score(self: Forecaster, batch, stage, metrics):
     output, _ = self._main(self.predictor, batch.inputs, batch.time)
