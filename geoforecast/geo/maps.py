@@ -88,13 +88,12 @@ def _degrees(value, positive, negative):
 
 def draw_graticule(
     ax, # Map axes
-    color: str = '.5', # Of the lines; labels are dark
 ):
     "Draw meridians and parallels at round degrees, labelled at the left and the bottom."
     west, east, _, _ = extent_of(ax)
     middle, steps = 180*(west < -180 or east > 180), [1, 2, 5, 10] if east - west <= 90 else [1, 1.5, 3, 6, 10]
     lines = ax.gridlines(ccrs.PlateCarree(middle), draw_labels={'left': 'y', 'bottom': 'x'}, x_inline=False, y_inline=False, rotate_labels=False,
-                         xlocs=MaxNLocator(6, steps=steps), ylocs=MaxNLocator(6, steps=steps), linewidth=.4, color=color, alpha=.5,
+                         xlocs=MaxNLocator(6, steps=steps), ylocs=MaxNLocator(6, steps=steps), linewidth=.4, color='.5', alpha=.5,
                          xformatter=FuncFormatter(lambda v, _: _degrees(v + middle, 'E', 'W')), yformatter=FuncFormatter(lambda v, _: _degrees(v, 'N', 'S')))
     lines.xlabel_style = lines.ylabel_style = {'size': 8, 'color': '.2'}
     return lines
@@ -140,14 +139,12 @@ def _visible(lines, extent):
 
 def draw_coastlines(
     ax, # Map axes
-    scale: str | None = None, # `110m` or `50m`; by the width of the map by default
     color: str = 'k', # Of both; borders are thinner
-    linewidth: float | None = None, # Of the coast, in points; .8, and .5 at the coarse scale
 ): # The drawn artists, coast and border
     "Draw coast and borders, from the package and never from the network."
     extent = extent_of(ax)
-    scale = scale or ('110m' if extent[1] - extent[0] > 60 else '50m')
-    lines, linewidth = natural_earth(scale), linewidth or dict(zip(SCALES, (.5, .8)))[scale]
+    scale, linewidth = ('110m', .5) if extent[1] - extent[0] > 60 else ('50m', .8)
+    lines = natural_earth(scale)
     style = dict(coast=dict(linewidth=linewidth), border=dict(linewidth=.6*linewidth, linestyle=(0, (4, 2))))
     return [ax.add_geometries(_visible(lines[kind], extent), ccrs.PlateCarree(), facecolor='none', edgecolor=color, **style[kind]) for kind in style]
 
@@ -262,15 +259,12 @@ GROUND = LinearSegmentedColormap.from_list('ground', ['.35', '1'])
 def terrain_shading(
     ax, # Map axes
     elevation, # (y, x) georeferenced DataArray in metres
-    exaggeration: float = 3., # How much steeper slopes are shown than they are
-    azimuth: float = 315., # Where the light comes from, degrees clockwise from north
-    altitude: float = 45., # Height of the light above the horizon, degrees
 ):
     "Shade the relief in grey, to draw a field over it."
     grid, z = _north_up(elevation)
     if not np.isfinite(z).any(): raise DataError('the elevation has no finite value; leave the shading out')
     dx, dy = _metres(grid)
-    light = LightSource(azimuth, altitude).hillshade(np.where(np.isfinite(z), z, np.nanmean(z)), exaggeration, dx, dy)
+    light = LightSource(315, 45).hillshade(np.where(np.isfinite(z), z, np.nanmean(z)), 3, dx, dy)
     return _paint(ax, grid, light, cmap=GROUND, vmin=0, vmax=1)
 
 # %% ../../nbs/geo/03_maps.ipynb #dfd0fdfe
@@ -311,15 +305,13 @@ def draw_scale_bar(
 
 def draw_locator(
     ax, # Map axes
-    color: str = '#D55E00', # Of the mark
-    size: float = .24, # Width and height as a share of the map's
 ):
     "Draw a small globe in the upper right corner with the map's place on it."
     lon, lat = ccrs.PlateCarree().transform_point(np.mean(ax.get_xlim()), np.mean(ax.get_ylim()), ax.projection)
-    globe = ax.inset_axes([.99 - size, .99 - size, size, size], projection=ccrs.Orthographic(lon, lat))
+    globe = ax.inset_axes([.75, .75, .24, .24], projection=ccrs.Orthographic(lon, lat))
     globe.set_global()
     globe.add_geometries(natural_earth('110m')['coast'], ccrs.PlateCarree(), facecolor='none', edgecolor='k', linewidth=.5)
-    globe.plot(0, 0, 's', color=color, markersize=5)
+    globe.plot(0, 0, 's', color='#D55E00', markersize=5)
     return globe
 
 # %% ../../nbs/geo/03_maps.ipynb #5bb0ef79
