@@ -11,6 +11,7 @@ __all__ = ['TRAINING', 'tasks', 'evaluation_of', 'print_scores', 'add_training',
 # %% ../nbs/cli.ipynb #feb6ba69
 import argparse
 import difflib
+import gc
 import importlib
 import inspect
 import os
@@ -25,7 +26,7 @@ from typing import Iterable
 
 import yaml
 
-from .core import BundleError, ConfigError, DataError, exclusive, nearest, project_root, write_json
+from .core import BundleError, ConfigError, DataError, causes, exclusive, nearest, project_root, write_json
 from .doctor import print_health
 from .notebooks import add_run
 from .terminal import Parser, absolute_path, add_command, date, error_line, positive, print_results, quiet, shown
@@ -343,22 +344,25 @@ def build_parser() -> Parser:
 # %% ../nbs/cli.ipynb #c9cea08f
 @contextmanager
 def _stopped_by_schedulers():
-    """Take the signal that schedulers send before they kill as Ctrl-C; processes that this one forks die of both, as usual.
+    """Take the signal that schedulers send before they kill as Ctrl-C; processes that this one forks die of the former and leave the latter to this one, which ends them.
 
     Whatever fails after such a signal fails because of it: its own exception can be lost where Python cannot raise it.
     """
     own, told, before, unraisable = os.getpid(), [], {}, sys.unraisablehook
     def stop(number, frame):
-        if os.getpid() != own: os._exit(128 + number)
-        told.append(number)
-        raise KeyboardInterrupt
+        if os.getpid() == own:
+            told.append(number)
+            raise KeyboardInterrupt
+        if number == signal.SIGTERM: os._exit(128 + number)
     if threading.current_thread() is not threading.main_thread(): return (yield)
     for number in (signal.SIGTERM, signal.SIGINT): before[number] = signal.signal(number, stop)
     sys.unraisablehook = lambda lost: None if told else unraisable(lost)
     try: yield
-    except Exception as e:
-        if told: raise KeyboardInterrupt from e
-        raise
+    except BaseException as e:
+        if not told: raise
+        for error in causes(e): traceback.clear_frames(error.__traceback__)
+        gc.collect() # loaders end here, where what they complain about is not shown
+        raise KeyboardInterrupt from None
     finally:
         sys.unraisablehook = unraisable
         for number, handler in before.items(): signal.signal(number, handler)

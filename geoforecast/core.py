@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOCS', 'NO_ROOM', 'CHATTER', 'HOST', 'GeoforecastError', 'DataError', 'ConfigError', 'BundleError', 'OutputError',
-           'nearest', 'check_choice', 'require', 'see', 'advice', 'project_root', 'seed_everything', 'quiet_libraries',
-           'atomic_path', 'exclusive', 'made_once', 'write_json', 'html_table']
+           'nearest', 'check_choice', 'require', 'see', 'advice', 'causes', 'advice_on', 'project_root',
+           'seed_everything', 'quiet_libraries', 'atomic_path', 'exclusive', 'made_once', 'write_json', 'html_table']
 
 # %% ../nbs/core.ipynb #47d1f208
 import ctypes
@@ -102,6 +102,20 @@ def advice(
     if kind.endswith('MemoryError') or "can't allocate memory" in text or 'not enough memory' in text:
         return 'the memory ran out; lower the batch size, the size of the crops or the number of workers'
     if any(f'[Errno {n}]' in text for n in NO_ROOM): return f'the disk is full ({text}); free some space, and give the same command again'
+
+def causes(
+    error: BaseException,
+) -> Iterable[BaseException]: # Itself first
+    "Yield an exception, and those in whose handling it arose."
+    while error:
+        yield error
+        error = error.__cause__ or error.__context__
+
+def advice_on(
+    error: BaseException,
+) -> str | None: # A line; None where neither it nor its causes are of these
+    "Say which option to turn, also where a library has wrapped the exception."
+    return next(filter(None, (advice(type(e).__name__, ' '.join(str(e).split())) for e in causes(error))), None)
 
 # %% ../nbs/core.ipynb #3cbcfca5
 def project_root(
@@ -218,7 +232,7 @@ def exclusive(
     try:
         Path(lock).parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
-    except Timeout: raise ConfigError(f'{what or Path(lock).parent} is in use by another process; wait until that one ends, or choose another name') from None
+    except Timeout: raise ConfigError(f'{what or Path(lock).parent} is in use by another process; wait until that one ends, or choose another name or folder') from None
     except OSError as e: raise _refused(what or Path(lock).parent, e) from e
     try: yield
     finally: held.release()

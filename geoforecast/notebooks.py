@@ -21,6 +21,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .core import ConfigError, GeoforecastError, advice, atomic_path, exclusive, nearest, project_root
@@ -234,9 +235,10 @@ def _headings(cell): return [line[3:] for line in cell.source.splitlines() if li
 
 class Progress:
     "Print each section that a notebook enters, and tell the log where it is."
-    def __init__(self, log: RunLog): self.log, self.section = log, ''
+    def __init__(self, log: RunLog): self.log, self.section, self.begun = log, '', False
 
     def __call__(self, cells: list, index: int):
+        self.begun = True
         if cells[index].cell_type != 'code': return
         section, cell = place_of(cells, index)
         self.log.where = f'{section}, {cell}'.removeprefix(', ')
@@ -256,13 +258,22 @@ def execute(
     import papermill
     papermill.engines.papermill_engines.register('watched', _watched(progress))
     papermill.iorw.papermill_io.register(str(path), _whole())
-    try: papermill.execute_notebook(str(path), str(path), values, engine_name='watched', progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
-                                    extra_arguments=['--IPKernelApp.log_level=50'])
+    run = partial(papermill.execute_notebook, str(path), str(path), values, engine_name='watched', progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+                  extra_arguments=['--IPKernelApp.log_level=50'])
+    try: _started(run, progress, name)
     except papermill.PapermillExecutionError as e:
         text = ' '.join(str(e.evalue).split())
         raise NotebookFailed(f"{name}, cell [{e.exec_count}] failed: {e.ename}: {advice(e.ename, text) or text[:400]}") from e
     except RuntimeError as e: # what papermill raises when the kernel dies
         raise NotebookFailed(f"{name}: the notebook's process died, most likely because memory ran out; lower batch_size, crop_size or num_workers") from e
+
+def _started(run, progress, name, attempts=3):
+    "A notebook's process dies at its start where another one takes a port that it was about to open; nothing was done then, and it is started again."
+    for left in reversed(range(attempts)):
+        try: return run()
+        except RuntimeError as e:
+            if progress.begun: raise
+            if not left: raise NotebookFailed(f"{name}: the notebook's process cannot be started ({e}); `python -m ipykernel_launcher` may show why") from e
 
 def _whole():
     from papermill.iorw import LocalHandler

@@ -23,7 +23,7 @@ from typing import Callable, Iterable
 
 import yaml
 
-from .core import ConfigError, GeoforecastError, advice, nearest
+from .core import ConfigError, GeoforecastError, advice_on, nearest
 from .guard import PlainLoader
 
 # %% ../nbs/terminal.ipynb #b8bb9bf1
@@ -234,6 +234,6 @@ def error_line(error: Exception) -> str: # A line
     "Say what went wrong in a line."
     text = ' '.join(str(error).split())
     if isinstance(error, GeoforecastError): return text
-    if told := advice(type(error).__name__, text): return told
+    if told := advice_on(error): return told
     if isinstance(error, OSError): return f'{error.filename}: {error.strerror}' if error.filename else text
     return f'{type(error).__name__}: {text[:300]}; this should not happen, --debug shows where it did'

@@ -156,6 +156,20 @@ def test_a_sweep_ends_in_a_table_a_plot_and_files(here, capsys):
     assert "average precision" in ax.get_ylabel() and ax.get_xlabel() == "rate" and "4 runs" in ax.get_title()
 
 
+@pytest.mark.parametrize("deaths", (1, 3))
+def test_a_notebook_whose_process_dies_at_its_start_is_started_again(deaths, here, monkeypatch, capsys):
+    kernel = here/"kernels"/"shy"
+    kernel.mkdir(parents=True)
+    code = f"import os, sys, runpy; d = {str(here/'deaths')!r}; n = os.path.getsize(d) if os.path.exists(d) else 0; open(d, 'a').write('x'); n < {deaths} and sys.exit(1); runpy.run_module('ipykernel_launcher', run_name='__main__')"
+    (kernel/"kernel.json").write_text(json.dumps(dict(argv=[sys.executable, "-c", code, "-f", "{connection_file}"], display_name="shy", language="python")))
+    monkeypatch.setenv("JUPYTER_PATH", str(here))
+    (here/"walk.ipynb").write_text((here/"walk.ipynb").read_text().replace('"name": "python3"', '"name": "shy"'))
+    status, err = main("run walk.ipynb --output_dir out".split()), capsys.readouterr().err
+    assert status == (deaths == 3)
+    if deaths == 3: assert "error: walk.ipynb: the notebook's process cannot be started (Kernel died before replying to kernel_info); `python -m ipykernel_launcher` may show why\n" in err and not (here/"out"/"times").exists()
+    else: assert times(here/"out") == 1 and report_of(here/"out")["status"] == "done"
+
+
 def test_what_is_done_is_not_done_again_and_a_seed_more_is(here, capsys):
     words = "run walk.ipynb --output_dir out --sweep rate=.1 seed=0".split()
     assert main(words) == 0

@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from ..core import ConfigError, GeoforecastError, advice, atomic_path, check_choice, exclusive, html_table, project_root, quiet_libraries, require, see
+from ..core import ConfigError, GeoforecastError, advice_on, atomic_path, causes, check_choice, exclusive, html_table, project_root, quiet_libraries, require, see
 from ..guard import check_archive, check_links, check_name
 from .callbacks import EpochReport, LatestCheckpoint, WholeCheckpoints, read_metrics
 from .configuration import RunOptions, compose, guard_imports, import_class, named_after
@@ -106,11 +106,7 @@ def _instantiate(composed):
     guard_imports()
     try: return ForecastCLI(Forecaster, L.LightningDataModule, subclass_mode_model=True, subclass_mode_data=True, run=False, args=composed,
                             save_config_callback=None, seed_everything_default=0, parser_kwargs=dict(exit_on_error=False))
-    except (ArgumentError, ValueError, MisconfigurationException) as e: raise _own(e) or ConfigError(_reason(e)) from e
-
-def _own(error):
-    while error and not isinstance(error, GeoforecastError): error = error.__cause__ or error.__context__
-    return error
+    except (ArgumentError, ValueError, MisconfigurationException) as e: raise next((c for c in causes(e) if isinstance(c, GeoforecastError)), None) or ConfigError(_reason(e)) from e
 
 def _reason(error):
     text = ' '.join(str(error).split())
@@ -204,9 +200,10 @@ def fit(self: Run) -> Run: # itself, with the best weights loaded
 def _train(self: Run):
     for logger in self.trainer.loggers: logger.log_hyperparams(self.config)
     try: self.trainer.fit(self.forecaster, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-    except (MemoryError, RuntimeError) as e: # torch's of GPUs is one of the latter
-        if self.trainer.received_sigterm or 'signal: Interrupt' in str(e): raise KeyboardInterrupt from e # which loaders, too, end of
-        if told := advice(type(e).__name__, str(e)): raise ConfigError(f"{told}{see(self.config['model']['class_path'], 'out-of-memory')}") from e
+    except (GeoforecastError, OSError): raise
+    except Exception as e:
+        if self.trainer.received_sigterm or any('signal: Interrupt' in str(c) for c in causes(e)): raise KeyboardInterrupt from e # which loaders, too, end of
+        if told := advice_on(e): raise ConfigError(f"{told}{see(self.config['model']['class_path'], 'out-of-memory')}") from e
         raise
     except SystemExit as e: raise KeyboardInterrupt from e # Lightning's way of ending on Ctrl-C
 

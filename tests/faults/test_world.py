@@ -232,16 +232,31 @@ def test_files_of_tomorrow_and_of_yesterday(tmp_path, capfd, monkeypatch):
 
 # --- A loader that dies
 
-def one_loader_is_killed():
-    on_call(Forecaster, "on_train_batch_start", 6, lambda: psutil.Process().children()[0].kill())
+def the_newest_loader_is_killed():
+    "At the first step of the second epoch, while most of what it has to load is still to come."
+    from geoforecast.fire.data import FireWindows
+    on_call_always(FireWindows, "__getitems__", lambda: time.sleep(.3))
+    on_call(Forecaster, "on_train_batch_start", 5, lambda: max(psutil.Process().children(), key=psutil.Process.create_time).kill())
 
 
 def test_a_loader_that_is_killed_says_what_to_turn_and_the_run_goes_on(training, undisturbed, tmp_path):
     run, one = tmp_path/"run", training("fire")
-    status, err = ended(typed(tmp_path, *fit(one, run, num_workers=2), before=one_loader_is_killed), tmp_path)
+    status, err = ended(typed(tmp_path, *fit(one, run, num_workers=2), before=the_newest_loader_is_killed), tmp_path)
     assert status == 2 and err.startswith("error: a process that loads data died") and "lower data.num_workers" in err and err.count("\n") == 1
     assert checkpoint(run/"checkpoints"/"latest.ckpt")["global_step"] == one.steps
     assert_same_run(undisturbed, one.finish(run, num_workers=2))
+
+
+def test_the_death_of_a_loader_is_told_also_where_a_library_wraps_it(training, tmp_path, monkeypatch):
+    "It interrupts whatever the training does at that moment, such as looking at the signature of a callable."
+    one = training("fire")
+    run = launch(one.config, output_dir=str(tmp_path/"run"), **one.options)
+
+    def step(*args):
+        try: raise RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed. ")
+        except RuntimeError: raise TypeError("unsupported callable") from None
+    monkeypatch.setattr(type(run.forecaster), "training_step", step)
+    with pytest.raises(ConfigError, match="a process that loads data died.*lower data.num_workers"): run.fit()
 
 
 # --- Memory
