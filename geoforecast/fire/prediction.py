@@ -15,7 +15,7 @@ import torch
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..core import ConfigError, DataError, nearest, write_json
+from ..core import ConfigError, DataError, exclusive, nearest, write_json
 from .channels import BAND
 from .data import FieldBatches, FireWindows, loaded, windows_of
 from .forecaster import FireForecaster
@@ -158,7 +158,7 @@ def forecast_bundle(
     batch_size: int = 8, # Whole fields at once
     date: str | None = None, # Only the forecast valid on this day
 ) -> list[Path]: # The files
-    "Forecast every fire with a trained model; raise `DataError` where days are missing, `ConfigError` for an impossible date."
+    "Forecast every fire with a trained model; raise `DataError` where days are missing, `ConfigError` for an impossible date or a folder in use."
     forecaster, files = bundle.forecaster, []
     fires = open_fires(data, forecaster.inputs.bands)
     names = [fire.path.stem for fire in fires]
@@ -170,9 +170,10 @@ def forecast_bundle(
         windows = [w for w in windows if date in (None, str(fire.dates[w.day] + 1))]
         if not windows: raise ConfigError(f'{fire.name}: no forecast is possible for {date}; the file allows {fire.dates[forecaster.window_size - 1] + 1} to {fire.dates[-1] + 1}')
         folder = Path(out)/fire.path.stem.lstrip('.')
-        _, probability = next(forecasts(forecaster, FireWindows([fire], windows, forecaster.window_size, bands=forecaster.inputs.bands), batch_size))
-        files += write_forecast(folder, fire, probability, maps=len(windows) if visualize else 0)
-        write_json(folder/'metadata.json', dict(fire=fire.name, source=fire.path.name, model=bundle.metadata, times=[str(t)[:10] for t in probability.time.values],
-                                                crs=fire.grid.crs, transform=fire.grid.transform, approximate=fire.grid.approximate))
+        with exclusive(folder/'.lock', f'folder {folder}'):
+            _, probability = next(forecasts(forecaster, FireWindows([fire], windows, forecaster.window_size, bands=forecaster.inputs.bands), batch_size))
+            files += write_forecast(folder, fire, probability, maps=len(windows) if visualize else 0)
+            write_json(folder/'metadata.json', dict(fire=fire.name, source=fire.path.name, model=bundle.metadata, times=[str(t)[:10] for t in probability.time.values],
+                                                    crs=fire.grid.crs, transform=fire.grid.transform, approximate=fire.grid.approximate))
         files.append(folder/'metadata.json')
     return files

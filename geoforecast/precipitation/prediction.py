@@ -20,7 +20,7 @@ import xarray as xr
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 
-from ..core import BundleError, ConfigError, DataError, see, write_json
+from ..core import BundleError, ConfigError, DataError, exclusive, see, write_json
 from ..geo.grid import Grid
 from ..geo.io import georeference, grid_of, write_netcdf
 from ..geo.maps import RAIN, add_colorbar, draw_box, draw_coastlines, draw_field, map_axes, save_figure
@@ -287,13 +287,15 @@ def forecast_bundle(
     batch_size: int = 8, # Windows at once
     date: str | None = None, # Only the forecasts valid on this day or at this moment, such as 2020-01-31 or 2020-01-31T12
 ) -> list[Path]: # The files
-    "Forecast every series with a trained model; raise `DataError` where steps are missing, `ConfigError` for an impossible date."
+    "Forecast every series with a trained model; raise `DataError` where steps are missing, `ConfigError` for an impossible date or a folder in use."
     model, facts, region, files = bundle.forecaster, bundle.metadata, region_of(bundle), []
     for name, path in name_series(data).items():
+        folder, about = Path(out)/name, dict(source=path.name, model=facts, region=region.to_dict() if region else None, channels=model.inputs.channels)
         with in_file(path):
             atmosphere = open_atmosphere(path, facts.get('step'), facts.get('coarsen', 1))
             _, valid = forecast_times(atmosphere, model.window_size, _single(model).target_offset)
-            forecast = forecast_series(model, atmosphere, region, _on(valid, date, name), batch_size)
-        about = dict(source=path.name, model=facts, region=region.to_dict() if region else None, channels=model.inputs.channels)
-        files += write_forecast(Path(out)/name, forecast, cut_to_model(model, atmosphere, region), len(forecast.time) if visualize else 0, about)
+            chosen = _on(valid, date, name)
+            with exclusive(folder/'.lock', f'folder {folder}'):
+                forecast = forecast_series(model, atmosphere, region, chosen, batch_size)
+                files += write_forecast(folder, forecast, cut_to_model(model, atmosphere, region), len(forecast.time) if visualize else 0, about)
     return files

@@ -26,7 +26,7 @@ from rasterio.features import shapes
 from rasterio.windows import Window
 from torch import Tensor
 
-from ..core import ConfigError, DataError, atomic_path, write_json
+from ..core import ConfigError, DataError, atomic_path, exclusive, write_json
 from ..geo.maps import add_colorbar, draw_scale_bar, map_axes, projection_of, save_figure
 from ..guard import figure_text
 from ..learn.bundle import Bundle
@@ -294,16 +294,17 @@ def forecast_bundle(
     bands=None, # See `choose_bands`
     polygons: bool = True, # Write outlines too
 ) -> list[Path]: # The files
-    "Map every image with a trained model; raises `DataError` where bands do not fit and `ConfigError` for a date."
+    "Map every image with a trained model; raises `DataError` where bands do not fit and `ConfigError` for a date or a folder in use."
     if date: raise ConfigError(f'a map of land cover shows its image and has no date; leave {date} out')
     mapping, size, files = ClassMapping.from_dict(bundle.metadata['classes']), bundle.metadata.get('size', 256), []
     scenes = _scenes(data)
     for scene in scenes: choose_bands(scene, bundle.forecaster.inputs.statistics(), bands)
     for scene in scenes:
         folder = Path(out)/scene.name.lstrip('.')
-        files += predict_scene(bundle.forecaster, scene, mapping, folder, size, batch_size=batch_size, bands=bands, polygons=polygons)
-        if visualize: files.append(save_figure(folder/'map.png', scene_map(scene, folder, mapping, bands)))
-        write_json(folder/'metadata.json', dict(scene=scene.name, source=scene.image.name, model=bundle.metadata, crs=scene.crs, transform=scene.transform,
-                                                size=size, bands=bands, classes=class_areas(folder/'classes.tif', mapping)))
+        with exclusive(folder/'.lock', f'folder {folder}'):
+            files += predict_scene(bundle.forecaster, scene, mapping, folder, size, batch_size=batch_size, bands=bands, polygons=polygons)
+            if visualize: files.append(save_figure(folder/'map.png', scene_map(scene, folder, mapping, bands)))
+            write_json(folder/'metadata.json', dict(scene=scene.name, source=scene.image.name, model=bundle.metadata, crs=scene.crs, transform=scene.transform,
+                                                    size=size, bands=bands, classes=class_areas(folder/'classes.tif', mapping)))
         files.append(folder/'metadata.json')
     return files

@@ -1,15 +1,18 @@
 "Outputs are whole or absent: whoever writes one may be killed at any moment, and a reader sees the old one or the new one."
 import ast
+import json
 import os
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from writers import OUTPUTS, read_run, write_and_die
+from hostile import in_child
+from writers import FORECASTS, OUTPUTS, read_run, write_and_die
 
 import geoforecast
 from geoforecast.core import atomic_path
+from geoforecast.learn.bundle import Bundle
 
 posix = pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
 
@@ -85,6 +88,28 @@ def test_what_another_process_is_writing_stays(tmp_path):
         if pid: os.waitpid(pid, 0)
         assert first.read_text() == "first"
     assert (tmp_path/"a.json").read_text() == "first"
+
+
+@posix
+@pytest.mark.parametrize("name", FORECASTS)
+def test_two_forecasts_into_one_folder_do_not_mix(name, tmp_path, monkeypatch, ledger):
+    "A forecast that comes as another is about to write its last file is refused; afterwards it is taken."
+    task, model, facts, data = FORECASTS[name](tmp_path)
+    first, second = (Bundle(tmp_path/"bundle", model, {}, facts | dict(task=name, version=version), {}, []) for version in (1, 2))
+    write, endings = task.write_json, []
+
+    def again(out):
+        monkeypatch.setattr(task, "write_json", write)
+        return task.forecast_bundle(second, data, out)
+
+    monkeypatch.setattr(task, "write_json", lambda path, facts: (endings.append(in_child(again, tmp_path/"out")), write(path, facts)))
+    *_, about = task.forecast_bundle(first, data, tmp_path/"out")
+    [(ending, text, _)] = endings
+    assert ending == "refused" and f"folder {about.parent} is in use by another process" in text and "\n" not in text, (ending, text)
+    assert json.loads(about.read_text())["model"]["version"] == 1
+    again(tmp_path/"out")
+    assert json.loads(about.read_text())["model"]["version"] == 2
+    ledger("two forecasts into one folder", 1, refused=1)
 
 
 def writing_calls(tree):

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+from hostile import detections
 from killing import die, server
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -185,6 +187,50 @@ OUTPUTS = {o.name: o for o in (
     Output("bundle", make_bundle, read_bundle), Output("latest.ckpt", make_checkpoint, read_checkpoint), Output("fire.hdf5", make_fire, read_fire), Output("scene.tif", make_image, read_image),
     Output("polygons.gpkg", make_outlines, read_outlines), Output("run.ipynb", make_notebook, lambda path: json.loads(path.read_text())["cells"][0]["source"]),
     Output("run", make_results, read_run))}
+
+
+def fire_forecast(folder):
+    import geoforecast.fire.prediction as task
+    from geoforecast.fire.wsts import write_fire
+    from geoforecast.geo.grid import Grid
+    data = write_fire(folder/"fire.hdf5", detections(), np.datetime64("2020-09-01") + np.arange(8), Grid("EPSG:32611", (375, 0, 269625, 0, -375, 4178250), 6, 7), "fire")
+    return task, forecaster(0)[0], {}, data
+
+
+def rain_forecast(folder):
+    import geoforecast.precipitation.prediction as task
+    from geoforecast.geo.io import write_netcdf
+    from geoforecast.precipitation.channels import channels_of
+    from geoforecast.precipitation.forecaster import PrecipitationForecaster
+    from geoforecast.precipitation.heads import MeanHead
+    from geoforecast.precipitation.models import UNet
+    from geoforecast.precipitation.normalize import PrecipitationInputs
+    from geoforecast.precipitation.simulate import simulate_atmosphere
+    atmosphere = simulate_atmosphere(n_times=8, lat=(30., 45.), lon=(100., 125.), levels=(500, 850), variables=("DPT", "TEM"), seed=3)
+    names = channels_of(atmosphere)
+    model = PrecipitationForecaster(partial(UNet, hidden_dims=[4, 8]), PrecipitationInputs(names), MeanHead("log"), window_size=2, ema_decay=0).eval()
+    model.set_statistics(dict(mean=[0.]*len(names), std=[1.]*len(names), rain_scale=1., lat=atmosphere.lat.values))
+    return task, model, dict(region=None, step="12h", coarsen=1), write_netcdf(folder/"rain.nc", atmosphere)
+
+
+def land_forecast(folder):
+    import geoforecast.segmentation.mosaic as task
+    from geoforecast.segmentation.classes import number_classes
+    from geoforecast.segmentation.inputs import ImageInputs
+    from geoforecast.segmentation.supervised import Learner
+    from torch import nn
+
+    class Sign(nn.Module):
+        "Two classes by the sign of three bands."
+        window_size, averaging, inputs = Learner.window_size, Learner.averaging, ImageInputs()
+        def forward(self, raw, time=None): return self.inputs(raw)[:, :2].log_softmax(1)
+
+    make_image(0)(folder/"land.tif")
+    return task, Sign().eval(), dict(classes=number_classes(2).to_dict(), size=64), folder/"land.tif"
+
+
+# Task to a function of a folder: the module that forecasts, a model, what its bundle knows, a file to forecast
+FORECASTS = dict(fire=fire_forecast, precipitation=rain_forecast, segmentation=land_forecast)
 
 
 def watched(folder, n):
