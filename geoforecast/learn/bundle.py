@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'SUMMED', 'CARD_COLUMNS', 'check_classes', 'model_card', 'save_bundle', 'save_results', 'Bundle',
-           'load_bundle']
+           'load_bundle', 'find_bundles']
 
 # %% ../../nbs/learn/09_bundle.ipynb #5619f391
 import copy
@@ -246,3 +246,15 @@ def load_bundle(
     config = _yaml(folder, 'config.yaml')
     forecaster = _built(lambda: _build(config, folder), _tensors(folder, 'model.safetensors'), folder)
     return Bundle(folder, forecaster, config, metadata, _load_baselines(baselines, folder), scores)
+
+# %% ../../nbs/learn/09_bundle.ipynb #63718435
+def find_bundles(
+    outputs: str | Path, # Folder of a task's runs, such as outputs/fire
+    given: str | Path = '', # Path of one more, or of the run it belongs to; it comes first
+) -> dict[str, Path]: # Name of the run to its bundle, the newest first
+    "Find the bundles that can be chosen."
+    found = {p.parent.name: p for p in sorted(Path(outputs).glob('*/bundle'), key=lambda p: -p.stat().st_mtime)}
+    if not given: return found
+    run = Path(given).resolve()
+    name = run.parent.name if run.name == 'bundle' else run.name
+    return {name: Path(given)} | {n: p for n, p in found.items() if n != name}
