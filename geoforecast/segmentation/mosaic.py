@@ -252,6 +252,7 @@ def picture(
     values = np.nan_to_num(np.clip((values - low)/np.maximum(high - low, 1e-6), 0, 1), nan=1.)
     return (values[:3] if len(values) > 2 else values[:1].repeat(3, 0)).transpose(1, 2, 0)
 
+# %% ../../nbs/segmentation/19_mosaic.ipynb #7396de41
 def scene_map(
     scene: Scene,
     folder: str | Path, # With `classes.tif` and `confidence.tif`, as `predict_scene` writes them
