@@ -53,7 +53,7 @@ def read_json(
     except FileNotFoundError: raise error(f'{path} is missing') from None
     except (OSError, ValueError, RecursionError) as e: raise error(f'{path} is not valid JSON ({e}); copy it again') from e
 
-# %% ../nbs/guard.ipynb #9dfdab7a
+# %% ../nbs/guard.ipynb #c6864ec4
 SUSPECT = 2**28 # Bytes; less is no harm
 RATIO = 5000 # Numbers may be this much larger than their file
 
@@ -71,10 +71,11 @@ def _held(path, enough):
 def check_announced(
     path: str | Path, # File, or folder of a store
     size: int, # Bytes of the numbers that it announces
+    store: str | Path | None = None, # What holds it, where it is one variable of several
 ):
     "Raise `DataError` where a file announces more than it can hold."
-    if size > SUSPECT and (held := _held(path, size/RATIO))*RATIO < size:
-        raise DataError(f'{path} announces {_amount(size)} of numbers, but holds {held:,} bytes, and at most {RATIO:,} times as much can be in them; it is damaged or made to fill the memory: get it anew from its source')
+    if size > SUSPECT and (held := _held(store or path, size/RATIO))*RATIO < size:
+        raise DataError(f'{path} announces {_amount(size)} of numbers, but {f"all of {Path(store).name}" if store else "it"} holds {held:,} bytes, and no data are packed {RATIO:,} times; it is empty, damaged or made to fill the memory: get it anew from its source')
 
 def check_memory(
     path: str | Path, # Whose numbers are about to be read

@@ -288,7 +288,7 @@ def _check_store(path):
     "Refuse chunks without a description, and warn of chunks that are absent and read as numbers."
     group = zarr.open_group(path, mode='r')
     for name, a in group.arrays():
-        check_announced(Path(path)/name, a.nbytes)
+        check_announced(Path(path)/name, a.nbytes, path)
         if a.nchunks > 10**7: raise DataError(f"{path}: {name} is cut into {a.nchunks:,} chunks; rechunk the store to some megabytes each")
         if unknown := _codecs(a.metadata.to_dict()) - CODECS: raise DataError(f"{path}: {name} is packed by '{min(unknown)}', which is none of the codecs for numbers and could run code when it is read; write the store anew with a common one, such as zstd")
     for folder in (p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith('.')):
@@ -390,15 +390,17 @@ def read_geotiff(
     crs: str | None = None, # CRS of an image that does not say
 ) -> xr.DataArray: # (y, x) for one band, else (time or band, y, x); tags in `attrs`
     "Read a GeoTIFF with coordinates and CRS; raises `DataError` where it is not one or has no CRS."
-    try: f = rasterio.open(path, driver='GTiff')
-    except rasterio.RasterioIOError as e: raise DataError(f"cannot read {path} as GeoTIFF: {e}") from e
+    try:
+        f = rasterio.open(path, driver='GTiff')
+        labels = f.descriptions
+    except (rasterio.RasterioIOError, UnicodeDecodeError) as e: raise DataError(f"cannot read {path} as GeoTIFF: {e}") from e
     with f:
         if not (f.crs or crs): raise DataError(f"{path} has no CRS; give crs='EPSG:n'")
         attrs = {k: v for k, v in f.tags().items() if k != 'AREA_OR_POINT'}
         grid = Grid(crs or f.crs.to_wkt(), f.transform, f.height, f.width, attrs.get('georeference') == 'approximate')
         size = f.count*f.height*f.width*np.dtype(f.dtypes[0]).itemsize
         check_announced(path, size); check_memory(path, size)
-        values, labels, nodata = f.read(), f.descriptions, f.nodata
+        values, nodata = f.read(), f.nodata
     if nodata is not None and values.dtype.kind == 'f': values[values == values.dtype.type(nodata)] = np.nan
     elif nodata is not None: attrs['nodata'] = nodata
     name, day, days = attrs.pop('name', None), _times([attrs.get('date')]), _times(labels)

@@ -1,5 +1,6 @@
 """Headers that promise more than a file holds, packed bombs and texts without end: each is refused in one line, in seconds, by a process that may take two more gigabytes."""
 import json
+import shutil
 import struct
 import zipfile
 import zlib
@@ -13,11 +14,13 @@ import rasterio
 import torch
 import xarray as xr
 import yaml
+import zarr
 from hostile import SECONDS, detections, in_child, refused_in_child, signed
 
 from geoforecast.fire.detections import read_detections
 from geoforecast.fire.wsts import open_fire
 from geoforecast.geo.io import read_geotiff, read_zarr
+from geoforecast.guard import SUSPECT
 from geoforecast.learn.bundle import _build, load_bundle, save_bundle
 from geoforecast.learn.configuration import compose
 from geoforecast.learn.launch import _checkpoint
@@ -116,6 +119,20 @@ def test_atmospheres_of_absurd_size(tmp_path, ledger):
     ledger("absurd sizes: NetCDF and Zarr", tried, refused=tried)
 
 
+def test_a_variable_of_one_value_is_honest(tmp_path, ledger):
+    "Snow in the tropics takes no room in a store, and the rain beside it is real."
+    rain = np.random.default_rng(0).random((40, 50, 50), np.float32)
+    ds = xr.Dataset(dict(rain=(("time", "lat", "lon"), rain)), dict(time=np.arange(40), lat=np.arange(50.), lon=np.arange(50.)))
+    store, fields = tmp_path/"climate.zarr", 4000
+    ds.to_zarr(store, consolidated=False)
+    nothing = zarr.create_array(store/"snow", shape=(fields, 300, 300), chunks=(100, 300, 300), dtype="f4", fill_value=np.nan, dimension_names=("step", "y", "x"))
+    assert nothing.nbytes > SUSPECT and nothing.nchunks_initialized == 0
+    assert read_zarr(store).snow.shape == (fields, 300, 300)
+    shutil.rmtree(store/"rain")
+    refused_in_child(read_zarr, store, "snow", "all of climate.zarr holds")
+    ledger("variables of one value", 2, right=1, refused=1)
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundle")
@@ -124,7 +141,6 @@ def bundle(tmp_path_factory):
 
 
 def test_bundles_of_absurd_size(bundle, tmp_path, ledger):
-    import shutil
     def changed(name, file, content):
         folder = tmp_path/name
         shutil.copytree(bundle, folder)
@@ -179,7 +195,6 @@ TEXTS = dict(laughs=LAUGHS, merged=MERGED, loop="a: &a [*a]", mapping="a: &a {b:
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_without_end(kind, bundle, tmp_path, ledger):
     "Ten lines that stand for a million million values, brackets in brackets, a number of a million digits."
-    import shutil
     path = tmp_path/"mine.yaml"
     path.write_text(f"model: {{class_path: geoforecast.fire.forecaster.FireForecaster}}\n{TEXTS[kind]}\n" if kind not in ("deep", "braces", "dashes") else TEXTS[kind])
     for read in (compose, lambda p: compose("fire/unet", trainer=p)): refused_in_child(read, path)
