@@ -97,7 +97,7 @@ def open_raster(
             with rasterio.open(path, driver=_driver(path)) as f:
                 check_announced(path, f.width*f.height*sum(np.dtype(t).itemsize for t in f.dtypes))
                 yield f
-    except RasterioError as e: raise DataError(f"{path} cannot be read as an image: {str(e.__cause__ or e).splitlines()[0]}") from e
+    except (RasterioError, UnicodeDecodeError) as e: raise DataError(f"{path} cannot be read as an image: {str(e.__cause__ or e).splitlines()[0]}") from e
 
 # %% ../../nbs/segmentation/02_tiles.ipynb #9ff1299a
 @lru_cache(maxsize=65536)
