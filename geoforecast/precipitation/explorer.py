@@ -44,20 +44,27 @@ def _found(*patterns):
 def _path_box(description, value, options, placeholder):
     return widgets.Combobox(value=value, options=options, placeholder=placeholder, description=description, continuous_update=False, layout=widgets.Layout(width='32%'))
 
+def _choice(description, options=('',), width='215px'): return widgets.Dropdown(options=options, description=description, layout=widgets.Layout(width=width))
+
+def _slider(description, options=('',), width='250px', **more): return widgets.SelectionSlider(options=options, description=description, layout=widgets.Layout(width=width), **more)
+
+def _switch(description, width): return widgets.Checkbox(True, description=description, indent=False, layout=widgets.Layout(width=width))
+
+def _number(description):
+    width, own = ('178px', '108px') if ' ' in description else ('122px', '45px')
+    return widgets.FloatText(0, step=.5, description=description, layout=widgets.Layout(width=width), style=dict(description_width=own))
+
+# %% ../../nbs/precipitation/21_explorer.ipynb #cf9ebb8b
 def _controls(data, bundle, compare):
-    box = dict(zip(BOX, ('south', 'north', 'west', 'east', 'upstream from', 'upstream to')))
-    narrow, wide, third, slim = (widgets.Layout(width=w) for w in ('170px', '420px', '215px', '250px'))
-    def choice(description, options=('',), layout=third): return widgets.Dropdown(options=options, description=description, layout=layout)
-    def slider(description, options=('',), layout=wide, **more): return widgets.SelectionSlider(options=options, description=description, layout=layout, **more)
     return dict(
         data=_path_box('data', data, _found('data/*.nc', 'data/*.zarr', 'data/sample/*.nc'), 'NetCDF, Zarr, GRIB or a folder'),
         bundle=_path_box('bundle', bundle, _found('outputs/precipitation/*/bundle', 'outputs/*/*/*/bundle'), 'folder, or predictions.nc'),
         compare=_path_box('comparison', compare, [p.rpartition('/')[0] for p in _found('outputs/*/*/comparison.nc')], 'experiment, or two predictions.nc with a comma'),
-        month=choice('month', layout=narrow), time=slider('time'), lead=slider('lead', layout=slim),
-        variable=choice('variable'), level=slider('level', layout=slim), moment=choice('map of', ('valid time', 'last input')), wind=widgets.Checkbox(True, description='wind', indent=False, layout=widgets.Layout(width='70px')),
-        forecast=choice('forecast'), threshold=slider('threshold', [(f'{v:g} mm', v) for v in THRESHOLDS_SHOWN], layout=slim, value=5), gain=choice('gain', ('all times', 'shown time')),
-        include_upstream=widgets.Checkbox(True, description='upstream', indent=False, layout=widgets.Layout(width='85px')),
-        **{name: widgets.FloatText(0, step=.5, description=word, layout=widgets.Layout(width='178px' if ' ' in word else '122px'), style=dict(description_width='108px' if ' ' in word else '45px')) for name, word in box.items()})
+        month=_choice('month', width='170px'), time=_slider('time', width='420px'), lead=_slider('lead'),
+        variable=_choice('variable'), level=_slider('level'), moment=_choice('map of', ('valid time', 'last input')), wind=_switch('wind', '70px'),
+        forecast=_choice('forecast'), threshold=_slider('threshold', [(f'{v:g} mm', v) for v in THRESHOLDS_SHOWN], value=5), gain=_choice('gain', ('all times', 'shown time')),
+        include_upstream=_switch('upstream', '85px'),
+        **{name: _number(word) for name, word in zip(BOX, ('south', 'north', 'west', 'east', 'upstream from', 'upstream to'))})
 
 # %% ../../nbs/precipitation/21_explorer.ipynb #39d262dc
 PATHS = {'data', 'bundle', 'compare'}
