@@ -17,7 +17,9 @@ from geoforecast.learn.bundle import Bundle
 posix = pytest.mark.skipif(os.name != "posix", reason="kills processes by POSIX signals")
 
 
-def hidden(folder): return sorted(p.name for p in folder.rglob(".*.tmp"))
+def writers_left(folder):
+    "The processes whose temporary files and folders, one within another, lie in a folder."
+    return {p.name.rsplit("-", 2)[1] for p in folder.rglob(".*.tmp")}
 
 
 @posix
@@ -34,7 +36,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new(name, tmp_path, many, ledger)
         write_and_die(name, path, 1, event, moment)
         found = output.read(path)
         assert found in (old, new), f"killed at event {event} or after {moment} s: neither the old nor the new"
-        assert len(hidden(folder)) <= 1, "what killed writers leave behind must not pile up"
+        assert len(writers_left(folder)) <= 1, "what killed writers leave behind must not pile up"
         ended["new" if found == new else "old"] += 1
         if found == new: write_and_die(name, path, 0)
     write_and_die(name, path, 1)
