@@ -128,3 +128,23 @@ def copied(good: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return Path(shutil.copytree(good, folder/good.name)) if good.is_dir() else Path(shutil.copy2(good, folder/good.name))
+
+
+def each(cases: Iterable, judge_one: Callable[[object], str], ledger: Callable, kind: str):
+    "Judge each case of a table, and tell of all that end badly."
+    bad, endings = [], Counter()
+    for name in cases:
+        try: endings[judge_one(name)] += 1
+        except Exception as e: bad.append(f"{getattr(name, '__name__', name)}: {type(e).__name__} {e}")
+    ledger(kind, len(cases), **endings)
+    assert not bad, "\n".join(bad)
+
+
+def refused(use: Callable[[], object], *names: str) -> str:
+    "What a refusal says, which must be one line that holds one of the names."
+    from geoforecast.core import DataError
+    try: found = use()
+    except DataError as e: said = str(e)
+    else: raise AssertionError(f"was taken: {found}")
+    assert "\n" not in said and len(said) < 700 and any(n in said for n in names), said
+    return said

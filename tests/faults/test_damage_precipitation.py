@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from damage import Judge, copied, random_damage
+from damage import Judge, copied, each, random_damage, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -203,25 +203,6 @@ def packed(ds):
     return ds
 def hourly(ds): return ds.assign_coords(time=ds.time[0].values + np.arange(ds.sizes["time"])*np.timedelta64(1, "h"))
 def raw_time(units, **attrs): return lambda ds: ds.assign_coords(time=("time", np.arange(ds.sizes["time"])*12., dict(units=units) | attrs))
-
-
-def each(cases, judge_one, ledger, kind):
-    "Judge each case of a table, and tell of all that end badly."
-    bad, endings = [], Counter()
-    for name in cases:
-        try: endings[judge_one(name)] += 1
-        except AssertionError as e: bad.append(f"{name if isinstance(name, str) else name.__name__}: {e}")
-    ledger(kind, len(cases), **endings)
-    assert not bad, "\n".join(bad)
-
-
-def refused(use, *names):
-    "What a refusal says, which must be one line that holds one of the names."
-    try: use()
-    except DataError as e: said = str(e)
-    else: raise AssertionError("was taken")
-    assert "\n" not in said and len(said) < 700 and any(n in said for n in names), said
-    return said
 
 
 STRUCTURED = {
@@ -421,6 +402,139 @@ def test_what_is_no_file_of_the_kind(tmp_path, ledger):
         assert name in str(error.value) and not check_atmosphere(tmp_path/name, **WINDOW).ready
     for name in ("netcdf.zarr", "store.nc"): assert differs(path, read(tmp_path/name)) is None, "what a file holds counts, not its name"
     ledger("atmosphere, wrong file", 7, refused=5, right=2)
+
+
+# GRIB
+
+SHORT = dict(TEM="t", DPT="dpt", precipitation="tp")
+GRIBS = {"GRIB 1": dict(edition=1), "GRIB 2": dict(edition=2), "GRIB 2 packed by CCSDS": dict(edition=2, packingType="grid_ccsds")}
+
+
+def small(**options): return made(n_times=8, variables=("DPT", "TEM"), **options)[["TEM", "precipitation"]]
+
+
+def write_grib(path, ds, edition=2, change=lambda keys: None, **packing):
+    "Write fields as a weather service does, one after another; `change` may alter what a field says of itself, or leave it out by a `shortName` of None."
+    eccodes = pytest.importorskip("eccodes")
+    ds = ds.isel(lat=slice(None, None, -1))
+    degrees = dict(latitudeOfFirst=ds.lat[0], latitudeOfLast=ds.lat[-1], longitudeOfFirst=ds.lon[0], longitudeOfLast=ds.lon[-1])
+    place = dict(Ni=ds.sizes["lon"], Nj=ds.sizes["lat"], iDirectionIncrementInDegrees=2.5, jDirectionIncrementInDegrees=2.5, bitsPerValue=24) | {f"{k}GridPointInDegrees": float(v) for k, v in degrees.items()}
+    with open(path, "wb") as f:
+        for time in ds.indexes["time"]:
+            fields = [("TEM", level, ds.TEM.sel(time=time, level=level).values) for level in ds.level.values] + [("precipitation", None, ds.precipitation.sel(time=time).values/1000)]
+            for name, level, values in fields:
+                begun = time if level else time - np.timedelta64(12, "h")
+                keys = place | dict(shortName=SHORT[name], dataDate=int(f"{begun:%Y%m%d}"), dataTime=100*begun.hour) | (dict(level=int(level)) if level else dict(stepType="accum", stepRange="0-12")) | dict(values=values)
+                change(keys)
+                if keys["shortName"] is None: continue
+                values = keys.pop("values")
+                handle = eccodes.codes_grib_new_from_samples(f"regular_ll_{'pl' if level else 'sfc'}_grib{edition}")
+                for k, v in keys.items(): eccodes.codes_set(handle, k, v)
+                for k, v in packing.items(): eccodes.codes_set(handle, k, v)
+                eccodes.codes_set_values(handle, np.asarray(values, float).ravel())
+                eccodes.codes_write(handle, f)
+                eccodes.codes_release(handle)
+    return path
+
+
+def plain_grib(path):
+    "Read by eccodes alone, field by field: latitudes, longitudes and numbers by name, time and level; of two with one key the first, all others being equal."
+    import eccodes
+    found = {}
+    with open(path, "rb") as f:
+        while (handle := eccodes.codes_grib_new_from_file(f)) is not None:
+            name, date, clock, level, missing = (eccodes.codes_get(handle, k) for k in ("shortName", "validityDate", "validityTime", "level", "missingValue"))
+            key = name, np.datetime64(f"{date//10000:04}-{date//100 % 100:02}-{date % 100:02}") + np.timedelta64(clock//100, "h") + np.timedelta64(clock % 100, "m"), level if name == "t" else 0
+            if name in ("t", "tp"):
+                values = eccodes.codes_get_values(handle).reshape(eccodes.codes_get(handle, "Nj"), eccodes.codes_get(handle, "Ni"))
+                lat, lon = (np.asarray(eccodes.codes_get_array(handle, k)).reshape(values.shape) for k in ("latitudes", "longitudes"))
+                field = lat[:, 0], lon[0], np.where(values == missing, np.nan, values)
+                assert key not in found or np.array_equal(found[key][2], field[2], equal_nan=True), key
+                found.setdefault(key, field)
+            eccodes.codes_release(handle)
+    return found
+
+
+def use_grib(path):
+    "Open a GRIB file as a training does; each number must be that of its field, and what has no field is missing."
+    ds, found = open_atmosphere(path).compute(), plain_grib(path)
+    for name, field in ds.data_vars.items():
+        for time in ds.time.values:
+            for level in (ds.level.values if name == "TEM" else [0]):
+                got = field.sel(time=time, level=level).values if level else field.sel(time=time).values
+                if (key := (SHORT[name], time, level)) not in found:
+                    if np.isfinite(got).any(): return f"{key} was made up"
+                    continue
+                lat, lon, values = found[key]
+                values = values[np.argsort(lat)][:, np.argsort(lon % 360)]
+                if name == "precipitation": values = np.where(values*1000 < 1e-4, 0, values*1000)
+                if not (np.allclose(np.sort(lat), ds.lat, atol=1e-5) and np.allclose(np.sort(lon % 360), ds.lon % 360, atol=1e-5)): return f"{key} lies at {lat[:2]}, {lon[:2]}"
+                if not np.allclose(got, values, rtol=1e-6, atol=1e-5, equal_nan=True): return f"{key} differs by up to {np.nanmax(np.abs(got - values))}"
+
+
+@pytest.mark.parametrize("kind", GRIBS)
+def test_random_damage_of_grib(kind, tmp_path, many, ledger):
+    pytest.importorskip("cfgrib")
+    path, judge = write_grib(tmp_path/"rain.grib", small(), **GRIBS[kind]), Judge(use_grib)
+    assert judge.try_file("whole", path) == "right", judge.report()
+    judge.try_all(path, (random_damage(path.read_bytes(), seed) for seed in range(1000 if many else 20)))
+    finish(judge, kind, ledger)
+
+
+def keys_of(when, **changes):
+    "Change what the fields say for which `when` holds."
+    def change(keys):
+        if when(keys): keys.update(changes)
+    return dict(change=change)
+
+
+def values_of(when, of):
+    def change(keys):
+        if when(keys): keys["values"] = of(keys["values"])
+    return dict(change=change)
+
+
+def rain(keys): return keys["shortName"] == "tp"
+def warm(keys): return keys["shortName"] == "t"
+def third(keys): return warm(keys) and (keys["dataDate"], keys["dataTime"], keys["level"]) == (20000102, 0, 500)
+
+
+SPOILT = {
+    "no rain": (keys_of(rain, shortName=None), "no precipitation among"), "no states": (keys_of(warm, shortName=None), "on pressure levels"), "other names": (keys_of(warm, shortName="pt"), "on pressure levels"),
+    "levels of a model": (keys_of(warm, typeOfLevel="hybrid"), "on model levels"), "a time twice, with other numbers": (keys_of(third, dataDate=20000101), "there 2 times with different numbers"),
+    "another grid": (keys_of(third, latitudeOfFirstGridPointInDegrees=50., latitudeOfLastGridPointInDegrees=35.), "another grid"), "rows at 100 degrees": (keys_of(warm, latitudeOfFirstGridPointInDegrees=110., latitudeOfLastGridPointInDegrees=95.), "at most 90"),
+    "millimetres called metres": (values_of(rain, lambda v: v*1000), "outside 0 to 1000 mm"), "Celsius called kelvin": (values_of(warm, lambda v: v - 273.15), "outside 180 to 330 K"), "fill of 1e36": (values_of(third, lambda v: np.where(v == v.max(), 1e36, v)), "outside 180 to 330 K"),
+    "fill of -9999": (values_of(rain, lambda v: np.where(v == v.max(), -9.999, v)), "the first -9999")}
+WRECKED = {
+    "empty": lambda content: b"", "a byte": lambda content: content[:1], "cut": lambda content: content[:-5], "cut in a head": lambda content: content[:content.rindex(b"GRIB") + 9], "bytes before": lambda content: bytes(7) + content,
+    "bytes behind": lambda content: content + bytes(7), "bytes between": lambda content: content.replace(b"7777GRIB", b"7777\r\nGRIB", 1), "edition 3": lambda content: content[:7] + b"\x03" + content[8:], "edition 1 for 2": lambda content: content[:7] + b"\x01" + content[8:],
+    "a head of another name": lambda content: content.replace(b"GRIB", b"BUFR", 1), "length of 8 EB": lambda content: content[:8] + b"\x7f" + content[9:], "text": lambda content: b"lat,lon,rain\n1,2,3\n"}
+
+
+def test_certain_damage_of_grib(tmp_path, ledger):
+    pytest.importorskip("cfgrib")
+    def judge_one(name):
+        path = tmp_path/f"{[*SPOILT, *WRECKED].index(name)}.grib"
+        if name in WRECKED: path.write_bytes(WRECKED[name](write_grib(path, small()).read_bytes())); said = "cannot read"
+        else: write_grib(path, small(), **SPOILT[name][0]); said = SPOILT[name][1]
+        line = refused(lambda: open_atmosphere(path).compute(), path.name)
+        assert re.search(said, line), line
+        return "refused"
+    each([*SPOILT, *WRECKED], judge_one, ledger, "GRIB, certain damage")
+
+
+def test_grib_that_is_odd_but_whole(tmp_path, ledger):
+    "Fields in any order, one there twice, one lost: the numbers are those of the fields, and what is lost is missing."
+    pytest.importorskip("cfgrib")
+    content = write_grib(tmp_path/"good.grib", small()).read_bytes()
+    fields = [b"GRIB" + part for part in content.split(b"GRIB")[1:]]
+    cases = dict(shuffled=[fields[i] for i in np.random.default_rng(0).permutation(len(fields))], twice=fields + fields[3:4], lost=fields[:3] + fields[4:])
+    for name, parts in cases.items():
+        (tmp_path/f"{name}.grib").write_bytes(b"".join(parts))
+        assert (wrong := use_grib(tmp_path/f"{name}.grib")) is None, wrong
+        found = open_atmosphere(tmp_path/f"{name}.grib").TEM
+        assert int(np.isnan(found).sum()) == (found[0, 0].size if name == "lost" else 0), name
+    ledger("GRIB, odd but whole", len(cases), right=len(cases))
 
 
 # Forecasts read back by `compare`, and a forecast of a damaged file

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
-from damage import Judge, random_damage
+from damage import Judge, each, random_damage, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -140,25 +140,6 @@ def test_random_damage(kind, land, many, ledger, tmp_path):
 
 
 # Damage of a certain kind of the image or the mask of scene 0: what the file holds, and what the line says; None where its pixels are served as a plain reading has them
-
-def each(cases, judge_one, ledger, kind):
-    "Judge each case of a table, and tell of all that end badly."
-    bad, endings = [], Counter()
-    for name in cases:
-        try: endings[judge_one(name)] += 1
-        except Exception as e: bad.append(f"{name}: {type(e).__name__} {e}")
-    ledger(kind, len(cases), **endings)
-    assert not bad, "\n".join(bad)
-
-
-def refused(use, *names):
-    "What a refusal says, which must be one line that holds one of the names."
-    try: found = use()
-    except DataError as e: said = str(e)
-    else: raise AssertionError(f"was taken: {found}")
-    assert "\n" not in said and len(said) < 700 and any(n in said for n in names), said
-    return said
-
 
 def claiming(content: bytes, width: int, height: int) -> bytes:
     "A PNG that claims another size, its checksum in order."
