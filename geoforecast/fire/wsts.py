@@ -11,6 +11,7 @@ __all__ = ['STORED', 'DTYPES', 'COMPRESSIONS', 'UNREADABLE', 'ATTRIBUTES', 'writ
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Iterable
 
@@ -46,7 +47,7 @@ def write_fire(
     check_layout(name, np.shape(data), dates)
     if np.shape(data)[2:] != grid.shape: raise DataError(f'{name}: data of {data.shape[2]} x {data.shape[3]} pixels on a grid of {grid.height} x {grid.width}')
     if dtype == 'float16' and (large := half_overflow(data)): raise DataError(f"{name}: too large for half precision, which ends at 65504: {large}")
-    chunks = dict(chunks=(1, 1, *grid.shape), compression=compression, shuffle=True) if compression else {}
+    chunks = dict(chunks=(1, 1, *grid.shape), compression=compression, shuffle=True, fletcher32=compression == 'lzf') if compression else {}
     with atomic_path(path) as p, h5py.File(p, 'w') as f:
         dataset = f.create_dataset('data', data=np.ascontiguousarray(data, np.dtype(dtype).newbyteorder('<')), **chunks)
         dataset.attrs.update(year=int(str(dates[0])[:4]) if year is None else int(year), fire_name=name, img_dates=[str(d) for d in dates],
@@ -149,6 +150,7 @@ def _describe(path, file, crs, origin):
     if not isinstance(file.get('data'), h5py.Dataset): raise DataError(f"{path}: no dataset 'data'; the file holds {', '.join(file) or 'nothing'}")
     dataset = file['data']
     block = _block_of(path, dataset)
+    _check_lzf(path, dataset)
     check_heaps(path, (block, block + dataset.nbytes) if block else (0, 0))
     attrs = {name: _attribute(path, dataset, name) for name in ATTRIBUTES if name in dataset.attrs}
     if 'img_dates' not in attrs: raise DataError(f"{path}: dataset 'data' lacks the attribute 'img_dates', the list of its days")
@@ -176,6 +178,25 @@ def _block_of(path, dataset):
     if dataset.nbytes > 2000*dataset.id.get_storage_size(): raise DataError(f"{path}: only {dataset.id.get_storage_size():,} of {dataset.nbytes:,} bytes of 'data' were ever written; copy or convert it again")
     plain = dataset.id.get_type() == h5py.h5t.py_create(dataset.dtype) # other layouts of bits are left to the library
     return dataset.id.get_offset() if plain and dataset.chunks is None else None
+
+def _check_lzf(path, dataset):
+    "Refuse chunks that LZF would unpack to another size: the library leaves the rest as the memory was."
+    if dataset.compression != 'lzf' or dataset.fletcher32: return
+    whole, chunks = dataset.dtype.itemsize*prod(dataset.chunks), []
+    dataset.id.chunk_iter(chunks.append)
+    for chunk in chunks:
+        mask, packed = dataset.id.read_direct_chunk(chunk.chunk_offset)
+        if (len(packed) if mask else _unpacked(packed)) != whole: raise DataError(f"{path}: a chunk of 'data' at {chunk.chunk_offset} is damaged; copy or convert it again")
+
+def _unpacked(packed):
+    "Bytes that a piece packed by LZF stands for: runs of new ones, and repetitions of earlier ones."
+    at = total = 0
+    while at < len(packed):
+        head = packed[at]
+        repeats, long = head >= 32, head >= 224
+        total += (head >> 5) + 2 + (packed[at + 1] if long and at + 1 < len(packed) else 0) if repeats else head + 1
+        at += 2 + long if repeats else head + 2
+    return total
 
 def _on_earth(grid):
     "Whether the outermost cells have a longitude and a latitude."

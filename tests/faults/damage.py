@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-SECONDS, MEMORY = 30, 6*2**30  # A trial may take this long, and map this much
+SECONDS, PATIENCE, MEMORY = 30, 300, 6*2**30  # A trial may compute this long, wait this long on a machine with other work, and map this much
 GOOD = ("right", "refused")
+HANGS = (signal.SIGPROF, signal.SIGALRM)
 
 
 def random_damage(content: bytes, seed: int) -> tuple[str, bytes]:
@@ -68,14 +69,17 @@ def _ended(use, path):
 def _work(use, pipe, preload):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has a handler of its own, which would wait for Python's next instruction
+    for number in HANGS: signal.signal(number, signal.SIG_DFL)  # pytest-timeout has a handler of its own, which would wait for Python's next instruction
     tempfile.tempdir = None
     if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)  # threads do not survive a fork
     preload()
     while (path := pipe.recv()) is not None:
-        signal.alarm(SECONDS)
-        pipe.send(_ended(use, path))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.alarm(PATIENCE)
+        ended = _ended(use, path)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
+        pipe.send(ended)
 
 
 class Judge:
@@ -98,9 +102,9 @@ class Judge:
         if self.process is None: self._start()
         self.pipe.send(path)
         try: ending, text = self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self.process.join()
-            ending, text = {-signal.SIGALRM: "hang"}.get(self.process.exitcode, "crash"), f"exit code {self.process.exitcode}"
+            ending, text = "hang" if -self.process.exitcode in HANGS else "crash", f"exit code {self.process.exitcode}"
             self.process = None
         self.endings[ending] += 1
         if ending not in GOOD: self.bad.append((name, ending, text))
