@@ -6,6 +6,12 @@ def pytest_addoption(parser):
     parser.addoption("--many", action="store_true", help="trials with faults at full size: 100 kills, thousands of damaged files")
 
 
+def pytest_collection_modifyitems(config, items):
+    "A hundred kills on a machine with other work outlast the limit of a test; a hang ends by the limits of its own trial."
+    if config.getoption("--many"):
+        for item in items: item.add_marker(pytest.mark.timeout(3600))
+
+
 @pytest.fixture(scope="session")
 def many(request) -> bool:
     "Whether trials with faults run at full size."
