@@ -18,7 +18,7 @@ import xarray as xr
 from fastcore.basics import patch
 from scipy.stats import false_discovery_control, norm
 
-from ..core import DataError, atomic_path, write_json
+from ..core import DataError, atomic_path, exclusive, write_json
 from ..geo.io import grid_of, read_netcdf, reading, spatial_dims, write_netcdf
 from ..geo.maps import DIFFERENCE, draw_coastlines, draw_field, map_axes, save_figure
 from ..learn.resample import DieboldMariano, bootstrap, diebold_mariano
@@ -214,10 +214,11 @@ def write(self: Comparison,
 ) -> Path: # `out`
     "Write `comparison.json` (all scores), `verdict.txt`, `comparison.nc` and `comparison_map.png`."
     out = Path(out)
-    write_json(out/'comparison.json', dict(names=self.names, n=self.n, blocks=self.blocks, rmse_share=self.share, diebold_mariano=self.test._asdict(), scores=self.rows))
-    with atomic_path(out/'verdict.txt') as p: p.write_text(self.verdict() + '\n', encoding='utf-8')
-    write_netcdf(out/'comparison.nc', self.field.assign_attrs(title=f'Forecasts {self.names[0]} and {self.names[1]} compared'))
-    save_figure(out/'comparison_map.png', self.draw())
+    with exclusive(out/'.comparison.lock', wait=-1): # the files of two comparisons do not mix
+        write_json(out/'comparison.json', dict(names=self.names, n=self.n, blocks=self.blocks, rmse_share=self.share, diebold_mariano=self.test._asdict(), scores=self.rows))
+        with atomic_path(out/'verdict.txt') as p: p.write_text(self.verdict() + '\n', encoding='utf-8')
+        write_netcdf(out/'comparison.nc', self.field.assign_attrs(title=f'Forecasts {self.names[0]} and {self.names[1]} compared'))
+        save_figure(out/'comparison_map.png', self.draw())
     return out
 
 # %% ../../nbs/precipitation/16_experiment.ipynb #99a68b75
