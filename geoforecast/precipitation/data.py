@@ -93,7 +93,7 @@ def stack_series(
     channels: list[str] | None = None, # Those of the data where None
     memory_map: str | Path | None = None, # File to write and map; in memory where None
     fill: Fill | None = None, # Values may be missing where a policy is named
-    megabytes: float = 32., # Size of a block
+    megabytes: float = 8., # Size of a block; several times as much is held while it is read
 ) -> Stack:
     "Stack a series block by block; raise `DataError` where values are missing or infinite."
     channels = channels or channels_of(ds)
@@ -200,7 +200,7 @@ def statistics(self: PrecipitationDataModule) -> dict:
     "Statistics of the input steps of the training, as `PrecipitationInputs` takes them."
     if self._statistics is None:
         steps = np.unique(self.windows['train'][:, None] + np.arange(self.window_size))
-        rows = max(2**24//self.stack.values[0].nbytes, 1)
+        rows = max(2**22//self.stack.values[0].nbytes, 1)
         blocks = (self.stack.gather(torch.from_numpy(part)).numpy() for part in np.split(steps, range(rows, len(steps), rows)))
         self._statistics = Normalizer.fit(blocks, self.channels).to_dict() | dict(lat=self.lat.tolist())
     return self._statistics
