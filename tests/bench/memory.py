@@ -23,16 +23,18 @@ for loader in (data.train_dataloader(), data.fields("test")):
 
 FIRES = """
 import torch
+from geoforecast.fire.channels import FireInputs
 from geoforecast.fire.data import FireDataModule
 from geoforecast.fire.evaluation import tally
-from geoforecast.fire.models import Persistence
+from geoforecast.fire.models import Logistic, Persistence
 torch.set_grad_enabled(False)
 mark()
 data = FireDataModule("{folder}", crop_size=64, samples_per_epoch=256, test_fires=["fire_0", "fire_1"], val_fires=["fire_2"])
 data.setup("fit")
 for batch in data.train_dataloader(): pass
-model = Persistence()
-tally(dict(persistence=lambda batch: model(batch.inputs[:, -1, 22, None] > 0)), data.dataset("train"))
+inputs, first, second = FireInputs("all"), Persistence(), Logistic(46, 5)
+inputs.set_statistics(data.statistics)
+tally(dict(persistence=lambda batch: first(batch.inputs[:, -1, 22, None] > 0), logistic=lambda batch: second(inputs(batch.inputs))), data.dataset("train"))
 """
 
 MOSAIC = """
@@ -67,7 +69,7 @@ def fires(folder, size):
 
 def mosaic(folder, size):
     from test_segmentation_mosaic import PLACE, made_scene
-    made_scene(Path(folder)/f"{size}.tif", size, 2048, **PLACE)
+    made_scene(Path(folder)/f"{size}.tif", size, 1024, **PLACE)
 
 
 def nothing(folder, size): pass
@@ -76,7 +78,7 @@ def nothing(folder, size): pass
 KINDS = {
     "length of a series of rain": ("steps of 60 x 120, 4 channels", RAIN, nothing, (1600, 6400, 25600)),
     "number of fires": ("fires of 8 x 64 x 64", FIRES, fires, (8, 32, 128)),
-    "size of a mosaic": ("rows of 2048 pixels", MOSAIC, mosaic, (4096, 8192, 16384)),
+    "size of a mosaic": ("rows of 1024 pixels", MOSAIC, mosaic, (10240, 20480, 40960)),
     "number of scored pixels": ("pixels", PIXELS, nothing, (2**20, 2**22, 2**24)),
 }
 

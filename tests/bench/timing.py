@@ -53,24 +53,29 @@ def row(
 
 
 MARK = """
-def _held(): return next(int(line.split()[1])*1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
 def mark():
-    import gc, threading, time
-    global before, most
+    import gc, os, timing
     gc.collect()
-    before = most = _held()
-    def watch():
-        global most
-        while True:
-            most = max(most, _held())
-            time.sleep(.002)
-    threading.Thread(target=watch, daemon=True).start()
+    print(timing.held(os.getpid()), flush=True)
 """
+
+
+def held(
+    process: int,  # Its number
+) -> int:  # Bytes, without pages of files, which the system takes back; 0 where it has ended
+    "Return the memory that a process holds, on Linux."
+    return next((int(line.split()[1])*1024 for line in Path(f"/proc/{process}/status").read_text().splitlines() if line.startswith("RssAnon")), 0)
 
 
 def peak(
     script: str,  # Python that imports, calls `mark()` and does its work; modules beside this one can be imported
 ) -> int:  # Bytes
-    "Run a script in a fresh process and return its peak memory beyond that at `mark()`, without pages of files, which the system takes back; on Linux."
-    found = subprocess.run([sys.executable, "-c", f"{MARK}\n{script}\nprint(most - before)"], check=True, capture_output=True, text=True, cwd=Path(__file__).parent, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1])))
-    return int(found.stdout.split()[-1])
+    "Run a script in a fresh process, watched by this one, and return its peak memory beyond that at `mark()`."
+    environment = os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1]))
+    with subprocess.Popen([sys.executable, "-c", f"{MARK}\n{script}"], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent, env=environment) as child:
+        before = most = int(child.stdout.readline())
+        while child.poll() is None:
+            most = max(most, held(child.pid))
+            time.sleep(.0005)
+    if child.returncode: raise subprocess.CalledProcessError(child.returncode, child.args)
+    return most - before
