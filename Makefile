@@ -4,7 +4,7 @@
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-EXTRAS := dev,encoders,augmentation,voila,cluster,docs
+EXTRAS := dev,encoders,augmentation,voila,cluster,docs,grib
 SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
@@ -51,6 +51,6 @@ lock:
 	rm -rf .venv/lock && $(PYTHON) -m venv .venv/lock
 	.venv/lock/bin/python -m pip install -q torch==2.13.0
 	.venv/lock/bin/python -m pip freeze | grep '^torch==' > .venv/lock/torch.txt
-	.venv/lock/bin/python -m pip install -q -c .venv/lock/torch.txt '.[$(EXTRAS),grib,wandb]'
+	.venv/lock/bin/python -m pip install -q -c .venv/lock/torch.txt '.[$(EXTRAS),wandb]'
 	{ grep '^#' requirements.lock; .venv/lock/bin/python -m pip freeze | grep -v '^geoforecast' | sed 's/+cpu$$//'; } > .venv/lock/requirements.lock
 	mv .venv/lock/requirements.lock requirements.lock && rm -rf .venv/lock

@@ -1,4 +1,5 @@
 "What the IOOS compliance checker says about the NetCDF files that geoforecast writes."
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -41,6 +42,10 @@ def test_written_netcdf_keeps_to_cf(make, tmp_path):
     CheckSuite.load_all_available_checkers()
     passed, errors = cfchecker.ComplianceChecker.run_checker(str(path), ["cf:1.8"], verbose=0, criteria="strict", output_filename=str(tmp_path / "report.txt"))
     assert passed and not errors, (tmp_path / "report.txt").read_text()
+
+
+def test_fields_have_checksums(tmp_path):
+    with h5py.File(write_netcdf(tmp_path/"field.nc", fire())) as f: assert f["probability"].fletcher32
 
 
 def test_the_checker_notices_what_is_not_cf(tmp_path):

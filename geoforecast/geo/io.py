@@ -258,9 +258,9 @@ def write_netcdf(
     path: str | Path, # File to write; it is whole or absent
     data, # DataArray or Dataset; dask arrays are written as they are computed
 ) -> Path: # `path`
-    "Write compressed CF NetCDF with CRS, coordinates, time and units."
+    "Write compressed CF NetCDF with CRS, coordinates, time, units and a checksum of every piece of a field."
     ds = cf_dataset(data)
-    encoding = _encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True))
+    encoding = _encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True, fletcher32=True))
     with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_netcdf(p, engine='netcdf4', encoding=encoding)
     return Path(path)
 
