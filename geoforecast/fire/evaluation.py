@@ -50,6 +50,8 @@ def predictors_of(
 # %% ../../nbs/fire/21_evaluation.ipynb #96ce8592
 N_COARSE = 4096 # Bins of a unit's histograms
 
+def _pack(counts): return zlib.compress(counts.numpy(), 1)
+
 @dataclass
 class Tally:
     "Hold histograms of each model: pooled and exact, and coarse ones of each unit (a fire, or a day of a fire)."
@@ -62,7 +64,8 @@ class Tally:
         "Add the histograms (2, 2, N_BINS) of one sample."
         self.pooled[model] = self.pooled.get(model, 0) + histograms
         parts, counts = self.parts.setdefault(model, []), coarsen(histograms, N_COARSE).int()
-        parts[unit:] = [zlib.compress((counts if unit == len(parts) else counts + self.part(model, unit)).numpy(), 1)]
+        if unit == len(parts): parts.append(_pack(counts))
+        else: parts[unit] = _pack(counts + self.part(model, unit))
 
     def part(self, model: str, unit: int) -> Tensor: # (2, 2, 4096) int32
         "Return the histograms of one unit."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CODECS', 'georeference', 'spatial_dims', 'grid_of', 'reading', 'cf_dataset', 'check_heaps', 'write_netcdf',
-           'read_netcdf', 'write_zarr', 'read_zarr', 'check_messages', 'read_grib', 'write_geotiff', 'read_geotiff']
+           'read_netcdf', 'write_zarr', 'read_zarr', 'write_geotiff', 'read_geotiff']
 
 # %% ../../nbs/geo/02_io.ipynb #63113e8a
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ import xarray as xr
 import zarr
 from pyproj import CRS
 from zarr.core.sync import sync
-from ..core import DataError, GeoforecastError, atomic_path, require
+from ..core import DataError, GeoforecastError, atomic_path
 from .grid import Grid, shift_longitudes
 from ..guard import check_announced, check_memory
 
@@ -330,81 +330,6 @@ def read_zarr(
     with reading(path, 'Zarr'):
         _check_store(path)
         return _leads(xr.open_zarr(path, decode_coords='all', decode_timedelta=False, consolidated=False))
-
-# %% ../../nbs/geo/02_io.ipynb #4ec0cdcd
-_NEXT = {(7, 2), (7, 3), (7, 4), (1, 3), *((n, n + 1) for n in range(7))} # Sections that may follow one another in edition 2
-
-def _big(m, first, size): return int.from_bytes(m[first:first + size], 'big')
-
-def _edition_1(m, at):
-    "Where the `7777` of a message should stand, where its sections end, and the points of its grid."
-    here, points = at + 8, 0
-    grid, bitmap = m[here + 7] & 128, m[here + 7] & 64
-    here += _big(m, here, 3)
-    if grid: points = _big(m, here + 6, 2)*_big(m, here + 8, 2); here += _big(m, here, 3)
-    if bitmap: here += _big(m, here, 3)
-    length, size = _big(m, at + 4, 3), _big(m, here, 3)
-    if length >= 2**23 and size < 120: return (end := at + (length - 2**23)*120 - size), end, points # Of 8 MB and more, as the ECMWF writes it
-    return at + length - 4, here + size, points
-
-def _edition_2(m, at):
-    "Where the `7777` of a message should stand, where its sections end, and the points of its grid."
-    here, before, points = at + 16, 0, 0
-    while m[here:here + 4] != b'7777' and (before, m[here + 4]) in _NEXT:
-        before = m[here + 4]
-        if before == 3: points = _big(m, here + 6, 4)
-        here += max(_big(m, here, 4), 5)
-    return at + _big(m, at + 8, 8) - 4, here if before == 7 else None, points
-
-def check_messages(
-    path: str | Path, # A GRIB file
-):
-    "Raise `DataError` where a file is no chain of whole GRIB messages, or announces more than it can hold."
-    if not Path(path).stat().st_size: raise DataError(f'cannot read {path} as GRIB: it is empty; copy or download it again')
-    with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
-        at = points = 0
-        while at < len(m):
-            try: last, end, more = {1: _edition_1, 2: _edition_2}[m[at + 7]](m, at)
-            except (IndexError, KeyError): last = end = None
-            if m[at:at + 4] != b'GRIB' or last is None or last != end or m[last:last + 4] != b'7777':
-                raise DataError(f'cannot read {path} as GRIB: byte {at:,} of {len(m):,} begins no whole message of edition 1 or 2; copy or download it again')
-            at, points = last + 4, points + more
-    check_announced(path, 8*points)
-
-# %% ../../nbs/geo/02_io.ipynb #cf106989
-_HEAD = ('paramId', 'gridType', 'numberOfPoints', 'md5GridSection', 'dataDate', 'dataTime', 'endStep', 'time', 'step')
-_CORNERS = {f'{axis}Of{end}GridPointInDegrees': limit for axis, limit in (('latitude', 90), ('longitude', 720)) for end in ('First', 'Last')}
-
-def _check_corners(where, field):
-    for key, limit in _CORNERS.items():
-        if not abs(degrees := field.get(key, 0)) <= limit: raise DataError(f'{where} has {degrees:g} as its {key}, at most {limit} is possible; copy or download it again')
-
-def _check_fields(path, index):
-    "Refuse fields whose heads cannot be read, that differ in their grid, or that are there twice and differ."
-    grids, known = {}, set()
-    for values, places in index.field_ids_index:
-        head = dict(zip(index.index_keys, values))
-        what, where = f"parameter {head['paramId']} of {head['dataDate']} {head['dataTime']}", f'{path}: the field at byte {places[0]}'
-        if unknown := [k for k in _HEAD if head[k] == 'undef']: raise DataError(f"{where} has no {unknown[0]} that can be read; copy or download it again")
-        if head['md5GridSection'] not in known: _check_corners(where, index.get_field(places[0]))
-        known.add(head['md5GridSection'])
-        if grids.setdefault((head['paramId'], head['numberOfPoints']), head['md5GridSection']) != head['md5GridSection']:
-            raise DataError(f'{where} ({what}) lies on another grid than those of its kind before it; read each grid from a file of its own')
-        first, *others = [index.get_field(p)['values'] for p in places] if len(places) > 1 else [None]
-        if any(not np.array_equal(first, v) for v in others): raise DataError(f'{where} ({what}) is there {len(places)} times with different numbers; leave one in the file')
-
-def read_grib(
-    path: str | Path, # A GRIB file of edition 1 or 2
-) -> list[xr.Dataset]: # One for each kind of level and each set of times; opened lazily
-    "Open a GRIB file; raises `DataError` where it is not one."
-    cfgrib = require('cfgrib', 'grib')
-    with reading(path, 'GRIB'), warnings.catch_warnings():
-        warnings.filterwarnings('ignore', category=FutureWarning, module='cfgrib')
-        check_messages(path)
-        _check_fields(path, cfgrib.dataset.open_fileindex(cfgrib.messages.FileStream(str(path), errors='raise'), indexpath=''))
-        found = cfgrib.open_datasets(str(path), backend_kwargs=dict(indexpath='', errors='raise'))
-    for ds in found: ds.encoding['source'] = str(path)
-    return found
 
 # %% ../../nbs/geo/02_io.ipynb #63cbefa3
 def _image(data):

@@ -21,7 +21,8 @@ import xarray as xr
 
 from ..core import BundleError, ConfigError, DataError
 from ..geo.grid import convert_units, wrap_longitude
-from ..geo.io import read_grib, read_netcdf, read_zarr, reading
+from ..geo.grib import read_grib
+from ..geo.io import read_netcdf, read_zarr, reading
 from .channels import RAIN, TABLE, VARIABLES, find_variable, plain_unit, to_unit, unit_of
 from .moisture import accumulate, derive_dew_point, rain_amounts, time_step
 
