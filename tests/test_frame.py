@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT/"geoforecast"
 PLAIN = {"torch", "jupyterlab", "ipywidgets", "xarray", "h5py", "matplotlib", "cartopy", "papermill", "nbdev"}
-CONDA = {"torch": ["pytorch"], "playwright": ["playwright-python"], "jsonargparse[signatures]": ["jsonargparse", "docstring_parser", "typeshed-client"]}
+CONDA = {"eccodeslib": ["eccodes"], "torch": ["pytorch"], "playwright": ["playwright-python"], "jsonargparse[signatures]": ["jsonargparse", "docstring_parser", "typeshed-client"]}
 IMPORT_NAMES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "netCDF4": "netcdf4"}
 # Spelt in pieces, since this file is searched as well.
 MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:work|root|home/\w+|Users/\w+|opt/(?:wheels|pypi))" + r"(?:/|\b)|[A-Z]:\\Users\\")
