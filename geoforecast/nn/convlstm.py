@@ -9,6 +9,7 @@ __all__ = ['update_state', 'ConvLSTMCell', 'ConvLSTM']
 from functools import cache
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
@@ -91,14 +92,6 @@ class _Step(torch.autograd.Function):
         return None, _conv_backward(grad, h, weight[:, n:], [True, False, False])[0], dc, dw, db, None
 
 # %% ../../nbs/nn/01_convlstm.ipynb #ca6ea1e7
-def _layout(x, cell):
-    "Return the memory format in which `cell` convolves `x`."
-    if not cell.written_out(x): together = not cell.conv.weight.is_contiguous()
-    else: together = _compute_type(x) != torch.float32 or x.shape[-2]*x.shape[-1] <= 1024
-    return torch.channels_last if together else torch.contiguous_format
-
-def _compute_type(x): return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-
 @cache
 def _compiled_update(): return torch.compile(update_state, dynamic=True)
 
@@ -129,28 +122,41 @@ class ConvLSTMCell(nn.Module):
         if torch.is_grad_enabled(): return _Step.apply(x, h, c, weight, bias, layout)
         return _open_gates(_gates_of(_beside(x, h, layout), weight, bias), c)
 
-    def weights(self,
-        x: Tensor, # Any input
-    ) -> tuple[Tensor, Tensor]: # Weight and bias in the type in which `x` is convolved
-        "Cast the weights once, for who takes many steps."
-        weight, bias = (p.to(_compute_type(x)) for p in self.conv.parameters())
-        return weight.contiguous() if self.written_out(x) else weight, bias
+# %% ../../nbs/nn/01_convlstm.ipynb #e83c7d02
+@patch
+def written_out(self: ConvLSTMCell,
+    x: Tensor, # Any input
+) -> bool: # Whether the step written out for processors is taken
+    "Choose the way of a step; `_layout` chooses how its tensors lie in memory."
+    return x.device.type == 'cpu' and not (self.compiled or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
-    def written_out(self,
-        x: Tensor, # Any input
-    ) -> bool: # Whether the step written out for processors is taken
-        "Choose the way of a step; `_layout` chooses how its tensors lie in memory."
-        return x.device.type == 'cpu' and not (self.compiled or torch.compiler.is_compiling() or torch.jit.is_tracing())
+def _compute_type(x): return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
-    def init_hidden(self,
-        batch: int, # B
-        height: int, # H
-        width: int, # W
-        device: torch.device | str | None = None, # That of the weights by default
-    ) -> tuple[Tensor, Tensor]: # (h, c) of zeros
-        "Make a zero state, for callers that need tensors; None does the same for less."
-        zeros = self.conv.weight.new_zeros(batch, self.hidden_dim, height, width, device=device)
-        return zeros, zeros.clone()
+def _layout(x, cell):
+    "Return the memory format in which `cell` convolves `x`."
+    if not cell.written_out(x): together = not cell.conv.weight.is_contiguous()
+    else: together = _compute_type(x) != torch.float32 or x.shape[-2]*x.shape[-1] <= 1024
+    return torch.channels_last if together else torch.contiguous_format
+
+# %% ../../nbs/nn/01_convlstm.ipynb #09d4e8fa
+@patch
+def weights(self: ConvLSTMCell,
+    x: Tensor, # Any input
+) -> tuple[Tensor, Tensor]: # Weight and bias in the type in which `x` is convolved
+    "Cast the weights once, for who takes many steps."
+    weight, bias = (p.to(_compute_type(x)) for p in self.conv.parameters())
+    return weight.contiguous() if self.written_out(x) else weight, bias
+
+@patch
+def init_hidden(self: ConvLSTMCell,
+    batch: int, # B
+    height: int, # H
+    width: int, # W
+    device: torch.device | str | None = None, # That of the weights by default
+) -> tuple[Tensor, Tensor]: # (h, c) of zeros
+    "Make a zero state, for callers that need tensors; None does the same for less."
+    zeros = self.conv.weight.new_zeros(batch, self.hidden_dim, height, width, device=device)
+    return zeros, zeros.clone()
 
 # %% ../../nbs/nn/01_convlstm.ipynb #9353de09
 def _arrange(x, cell):

@@ -16,7 +16,7 @@ def fire_data(folder):
 
 def rain_data(folder):
     from geoforecast.precipitation.simulate import simulate_atmosphere
-    simulate_atmosphere(folder/"rain.nc", n_times=1000)
+    simulate_atmosphere(folder/"rain.nc", n_times=2000)
     return folder/"rain.nc"
 
 
@@ -32,7 +32,7 @@ def scored(task, run, key):
 
 
 TASKS = dict(
-    precipitation=(rain_data, ("unet", "simvp", "convlstm_unet"), dict(validation_frequency=8), "max_epochs", (1, 3, 9), "rmse", "RMSE (mm)"),
+    precipitation=(rain_data, ("unet", "simvp", "convlstm_unet"), dict(validation_frequency=32), "max_epochs", (1, 4, 16), "rmse", "RMSE (mm)"),
     segmentation=(scene_data, ("supervised_small", "consistency_small", "s4gan_small"), dict(eval_every=20, save_latest_every=20), "max_steps", (20, 60, 180), "miou", "mean IoU"),
     fire=(fire_data, ("unet", "utae_small", "convlstm", "guillermo_v2_small"), dict(crop_size=32, batch_size=8, samples_per_epoch=128), "max_epochs", (1, 4, 16), "ap", "average precision"))
 
