@@ -346,17 +346,22 @@ def build_parser() -> Parser:
 def _stopped_by_schedulers():
     """Take the signal that schedulers send before they kill as Ctrl-C; processes that this one forks die of the former and leave the latter to this one, which ends them.
 
-    Whatever fails after such a signal fails because of it: its own exception can be lost where Python cannot raise it.
+    Whatever fails after such a signal fails because of it. Where Python cannot raise, in a destructor, the interruption is lost, and sent again.
     """
-    own, told, before, unraisable = os.getpid(), [], {}, sys.unraisablehook
+    own, told, again, before, unraisable = os.getpid(), [], [], {}, sys.unraisablehook
     def stop(number, frame):
         if os.getpid() == own:
             told.append(number)
             raise KeyboardInterrupt
         if number == signal.SIGTERM: os._exit(128 + number)
+    def lost(found):
+        if not told: unraisable(found)
+        elif issubclass(found.exc_type, KeyboardInterrupt):
+            again.append(threading.Timer(.1, os.kill, (own, signal.SIGINT)))
+            again[-1].start()
     if threading.current_thread() is not threading.main_thread(): return (yield)
     for number in (signal.SIGTERM, signal.SIGINT): before[number] = signal.signal(number, stop)
-    sys.unraisablehook = lambda lost: None if told else unraisable(lost)
+    sys.unraisablehook = lost
     try: yield
     except BaseException as e:
         if not told: raise
@@ -365,6 +370,7 @@ def _stopped_by_schedulers():
         raise KeyboardInterrupt from None
     finally:
         sys.unraisablehook = unraisable
+        for timer in again: timer.cancel()
         for number, handler in before.items(): signal.signal(number, handler)
 
 def main(

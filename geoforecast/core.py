@@ -24,7 +24,7 @@ import warnings
 import zlib
 from functools import cache
 from html import escape
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -228,14 +228,20 @@ def exclusive(
     wait: float = 0., # Seconds to wait for another process; -1 for as long as it takes
 ) -> Iterator[None]:
     "Hold a lock; raise `ConfigError` where another process keeps it, and `OutputError` where its folder cannot be written to."
-    held = FileLock(lock, timeout=wait)
+    lock = Path(lock)
+    held, new = FileLock(lock, timeout=wait), not lock.parent.exists()
     try:
-        Path(lock).parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
         held.acquire()
-    except Timeout: raise ConfigError(f'{what or Path(lock).parent} is in use by another process; wait until that one ends, or choose another name or folder') from None
-    except OSError as e: raise _refused(what or Path(lock).parent, e) from e
+    except Timeout: raise ConfigError(f'{what or lock.parent} is in use by another process; wait until that one ends, or choose another name or folder') from None
+    except OSError as e: raise _refused(what or lock.parent, e) from e
     try: yield
-    finally: held.release()
+    finally:
+        held.release()
+        with suppress(OSError):
+            if new and {*lock.parent.iterdir()} <= {lock}: # nothing came of it
+                lock.unlink(missing_ok=True)
+                lock.parent.rmdir()
 
 @contextmanager
 def made_once(

@@ -316,6 +316,19 @@ def test_an_interrupted_training_keeps_its_checkpoint_and_goes_on(signals, worke
     assert_same_run(undisturbed, one.finish(run, num_workers=workers))
 
 
+def interrupted_in_a_destructor():
+    class Dropped:
+        def __del__(self): os.kill(os.getpid(), signal.SIGINT)
+    on_call(Forecaster, "on_train_batch_start", 6, Dropped)
+
+
+def test_an_interruption_that_python_cannot_raise_is_not_lost(training, tmp_path):
+    run, one = tmp_path/"run", training("fire")
+    status, err = ended(typed(tmp_path, *fit(one, run), before=interrupted_in_a_destructor), tmp_path)
+    assert status == 130 and "the same command goes on from the last whole epoch" in err and err.strip().count("\n") == 0, err
+    assert checkpoint(run/"checkpoints"/"latest.ckpt")["global_step"] < one.steps*one.epochs
+
+
 def test_a_run_that_a_scheduler_ends_says_so_and_leaves_nothing_running(tmp_path):
     path = write_notebook(tmp_path/"walk.ipynb", "import os, time; from pathlib import Path; Path(output_dir, 'pid').write_text(str(os.getpid())); time.sleep(300)")
     process, run = typed(tmp_path, "run", path, "--output_dir", str(tmp_path/"walk")), tmp_path/"walk"
