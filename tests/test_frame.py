@@ -129,6 +129,12 @@ def test_imports_are_requirements():
     assert not used - declared, "imported by the library, not in settings.ini (an extra's library goes through core.require)"
 
 
+def test_libraries_in_c_live_side_by_side():
+    "xarray loads every reader that is installed. Each wheel brings its own C libraries, and two of the same name have crashed a process at its end."
+    done = subprocess.run([sys.executable, "-c", "import xarray; print(*xarray.backends.list_engines()); import pyproj; pyproj.CRS(4326)"], capture_output=True, text=True)
+    assert done.returncode == 0 and "PROJ" not in done.stderr and "rasterio" in done.stdout, done.stderr
+
+
 def test_package_data_is_installed():
     patterns = [p.strip() for p in settings()["package_data"]["geoforecast"].split(",")]
     covered = {p for pattern in patterns for p in LIBRARY.glob(pattern)}
