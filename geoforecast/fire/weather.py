@@ -19,7 +19,8 @@ from ..core import ConfigError, DataError
 from .channels import BAND, BANDS
 from .wsts import STORED, open_fire, write_fire
 from ..geo.grid import Grid, center_lonlat, convert_units, wrap_longitude
-from ..geo.io import grid_of, read_netcdf, read_zarr, reading, spatial_dims
+from ..geo.damage import reading
+from ..geo.io import grid_of, read_netcdf, read_zarr, spatial_dims
 
 # %% ../../nbs/fire/08_weather.ipynb #2ca0ce65
 VARIABLES = {alias: (name, unit) for name, unit, *aliases in map(str.split, """

@@ -26,7 +26,8 @@ from rasterio.crs import CRS
 from ..core import ConfigError, DataError, atomic_path, check_choice, html_table
 from .channels import BAND, BANDS, PROTOCOLS, Beyond
 from ..geo.grid import Grid, utm_crs
-from ..geo.io import check_heaps, georeference
+from ..geo.damage import check_heaps
+from ..geo.io import georeference
 
 # %% ../../nbs/fire/03_wsts.ipynb #1c863277
 STORED = [b.name for b in BANDS[:BAND['detection_hour'] + 1]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 from ..core import DataError, require
-from .io import reading
+from .damage import reading
 from ..guard import check_announced
 
 # %% ../../nbs/geo/05_grib.ipynb #4ec0cdcd

@@ -18,7 +18,7 @@ import pandas as pd
 import xarray as xr
 
 from ..core import DataError, html_table
-from ..geo.io import reading
+from ..geo.damage import reading
 from .atmosphere import find_axis, open_atmosphere, open_sources
 from .channels import LEVELS, RAIN, TABLE, VARIABLES, channels_of, find_variable
 from .moisture import time_step

@@ -19,7 +19,8 @@ from fastcore.basics import patch
 from scipy.stats import false_discovery_control, norm
 
 from ..core import DataError, atomic_path, exclusive, write_json
-from ..geo.io import grid_of, read_netcdf, reading, spatial_dims, write_netcdf
+from ..geo.damage import reading
+from ..geo.io import grid_of, read_netcdf, spatial_dims, write_netcdf
 from ..geo.maps import DIFFERENCE, draw_coastlines, draw_field, map_axes, save_figure
 from ..learn.resample import DieboldMariano, bootstrap, diebold_mariano
 from .atmosphere import check_limits, check_numbers, in_file, place_field

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..core import DataError, html_table, write_json
-from ..geo.io import reading
+from ..geo.damage import reading
 from .channels import RAIN, TABLE, channel_names, channels_of, split_channel, stack_channels
 
 # %% ../../nbs/precipitation/07_normalize.ipynb #b1a27023
