@@ -44,8 +44,9 @@ def test_written_netcdf_keeps_to_cf(make, tmp_path):
     assert passed and not errors, (tmp_path / "report.txt").read_text()
 
 
-def test_fields_have_checksums(tmp_path):
-    with h5py.File(write_netcdf(tmp_path/"field.nc", fire())) as f: assert f["probability"].fletcher32
+@pytest.mark.parametrize("make", [fire, one_day, rain, approximate])
+def test_all_numbers_have_checksums(make, tmp_path):
+    with h5py.File(write_netcdf(tmp_path/"field.nc", make())) as f: assert {name for name, numbers in f.items() if numbers.shape and not numbers.fletcher32} == set()
 
 
 def test_the_checker_notices_what_is_not_cf(tmp_path):

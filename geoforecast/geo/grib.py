@@ -56,7 +56,7 @@ def check_messages(
     check_announced(path, 8*points)
 
 # %% ../../nbs/geo/05_grib.ipynb #cf106989
-_HEAD = ('paramId', 'gridType', 'numberOfPoints', 'md5GridSection', 'dataDate', 'dataTime', 'endStep', 'time', 'step')
+_HEAD = ('paramId', 'gridType', 'numberOfPoints', 'md5GridSection', 'dataDate', 'dataTime', 'endStep', 'time', 'step', 'valid_time')
 _CORNERS = {f'{axis}Of{end}GridPointInDegrees': limit for axis, limit in (('latitude', 90), ('longitude', 720)) for end in ('First', 'Last')}
 
 def _check_corners(where, field):
@@ -64,12 +64,14 @@ def _check_corners(where, field):
         if not abs(degrees := field.get(key, 0)) <= limit: raise DataError(f'{where} has {degrees:g} as its {key}, at most {limit} is possible; copy or download it again')
 
 def _check_fields(path, index):
-    "Refuse fields whose heads cannot be read, that differ in their grid, or that are there twice and differ."
+    "Refuse fields whose heads cannot be read or say two times, that differ in their grid, or that are there twice and differ."
     grids, known = {}, set()
     for values, places in index.field_ids_index:
         head = dict(zip(index.index_keys, values))
         what, where = f"parameter {head['paramId']} of {head['dataDate']} {head['dataTime']}", f'{path}: the field at byte {places[0]}'
         if unknown := [k for k in _HEAD if head[k] == 'undef']: raise DataError(f"{where} has no {unknown[0]} that can be read; copy or download it again")
+        if abs(head['time'] + 3600*head['step'] - head['valid_time']) >= 60:
+            raise DataError(f"{where} ({what}) ends {head['step']:g} h after its date, and by its own end {(head['valid_time'] - head['time'])/3600:g} h after it; copy or download it again")
         if head['md5GridSection'] not in known: _check_corners(where, index.get_field(places[0]))
         known.add(head['md5GridSection'])
         if grids.setdefault((head['paramId'], head['numberOfPoints']), head['md5GridSection']) != head['md5GridSection']:
@@ -85,7 +87,7 @@ def read_grib(
     with reading(path, 'GRIB'), warnings.catch_warnings():
         warnings.filterwarnings('ignore', category=FutureWarning, module='cfgrib')
         check_messages(path)
-        _check_fields(path, cfgrib.dataset.open_fileindex(cfgrib.messages.FileStream(str(path), errors='raise'), indexpath=''))
+        _check_fields(path, cfgrib.dataset.open_fileindex(cfgrib.messages.FileStream(str(path), errors='raise'), '', [*cfgrib.dataset.INDEX_KEYS, 'time', 'step', 'valid_time']))
         found = cfgrib.open_datasets(str(path), backend_kwargs=dict(indexpath='', errors='raise'))
     for ds in found: ds.encoding['source'] = str(path)
     return found

@@ -169,9 +169,10 @@ def write_netcdf(
     path: str | Path, # File to write; it is whole or absent
     data, # DataArray or Dataset; dask arrays are written as they are computed
 ) -> Path: # `path`
-    "Write compressed CF NetCDF with CRS, coordinates, time, units and a checksum of every piece of a field."
+    "Write compressed CF NetCDF with CRS, coordinates, time, units and a checksum of every piece of all numbers."
     ds = cf_dataset(data)
-    encoding = _encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True, fletcher32=True))
+    encoding = _encoding(ds, 'chunksizes', dict(zlib=True, complevel=4, shuffle=True))
+    for name, v in ds.variables.items(): encoding[name]['fletcher32'] = v.size > 0 < v.ndim and v.dtype.kind in 'bfiuM'
     with atomic_path(path) as p, dask.config.set(scheduler='synchronous'): ds.to_netcdf(p, engine='netcdf4', encoding=encoding)
     return Path(path)
 
@@ -278,11 +279,8 @@ def read_geotiff(
     crs: str | None = None, # CRS of an image that does not say
 ) -> xr.DataArray: # (y, x) for one band, else (time or band, y, x); tags in `attrs`
     "Read a GeoTIFF with coordinates and CRS; raises `DataError` where it is not one or has no CRS."
-    try:
-        f = rasterio.open(path, driver='GTiff')
+    with reading(path, 'GeoTIFF'), rasterio.open(path, driver='GTiff') as f:
         labels = f.descriptions
-    except (rasterio.RasterioIOError, UnicodeDecodeError) as e: raise DataError(f"cannot read {path} as GeoTIFF: {e}") from e
-    with f:
         if not (f.crs or crs): raise DataError(f"{path} has no CRS; give crs='EPSG:n'")
         attrs = {k: v for k, v in f.tags().items() if k != 'AREA_OR_POINT'}
         grid = Grid(crs or f.crs.to_wkt(), f.transform, f.height, f.width, attrs.get('georeference') == 'approximate')

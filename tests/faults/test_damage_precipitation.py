@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import dask
+import h5py
 import netCDF4
 import numpy as np
 import pytest
@@ -504,7 +505,8 @@ SPOILT = {
     "levels of a model": (keys_of(warm, typeOfLevel="hybrid"), "on model levels"), "a time twice, with other numbers": (keys_of(third, dataDate=20000101), "there 2 times with different numbers"),
     "another grid": (keys_of(third, latitudeOfFirstGridPointInDegrees=50., latitudeOfLastGridPointInDegrees=35.), "another grid"), "rows at 100 degrees": (keys_of(warm, latitudeOfFirstGridPointInDegrees=110., latitudeOfLastGridPointInDegrees=95.), "at most 90"),
     "millimetres called metres": (values_of(rain, lambda v: v*1000), "outside 0 to 1000 mm"), "Celsius called kelvin": (values_of(warm, lambda v: v - 273.15), "outside 180 to 330 K"), "fill of 1e36": (values_of(third, lambda v: np.where(v == v.max(), 1e36, v)), "outside 180 to 330 K"),
-    "fill of -9999": (values_of(rain, lambda v: np.where(v == v.max(), -9.999, v)), "the first -9999")}
+    "fill of -9999": (values_of(rain, lambda v: np.where(v == v.max(), -9.999, v)), "the first -9999"),
+    "a sum that ends at another hour than its length says": (keys_of(rain, hourOfEndOfOverallTimeInterval=13), "ends 12 h after its date, and by its own end 25 h"), "a sum that ends at 28 o'clock": (keys_of(rain, hourOfEndOfOverallTimeInterval=28), "no valid_time that can be read")}
 WRECKED = {
     "empty": lambda content: b"", "a byte": lambda content: content[:1], "cut": lambda content: content[:-5], "cut in a head": lambda content: content[:content.rindex(b"GRIB") + 9], "bytes before": lambda content: bytes(7) + content,
     "bytes behind": lambda content: content + bytes(7), "bytes between": lambda content: content.replace(b"7777GRIB", b"7777\r\nGRIB", 1), "edition 3": lambda content: content[:7] + b"\x03" + content[8:], "edition 1 for 2": lambda content: content[:7] + b"\x01" + content[8:],
@@ -590,6 +592,21 @@ def test_certain_damage_of_a_forecast(tmp_path, ledger):
         assert re.search(said, line), line
         return "refused"
     each(FORECASTS, judge_one, ledger, "predictions.nc, certain damage")
+
+
+def test_a_flipped_bit_of_any_number_of_a_forecast_is_refused(tmp_path, ledger):
+    "Coordinates too: rain at another time, or beside its place, would be held against rain that it does not forecast."
+    path, other, truth = predictions(tmp_path), predictions(tmp_path, "other.nc", 1), made().precipitation
+    with h5py.File(path) as f: places = {name: f[name].id.get_chunk_info(0).byte_offset for name in ("time", "latitude", "longitude", "precipitation")}
+    content = path.read_bytes()
+    def judge_one(case):
+        name, bit = case
+        damaged = bytearray(content)
+        damaged[places[name] + 8 + bit//8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        refused(lambda: compare(path, other, truth), path.name)
+        return "refused"
+    each([(name, bit) for name in places for bit in range(0, 64, 3)], judge_one, ledger, "predictions.nc, single bits")
 
 
 class LastRain(nn.Module):
