@@ -19,7 +19,6 @@ from typing import Callable, Iterable, Iterator
 import h5py
 import numpy as np
 import xarray as xr
-from rasterio.errors import RasterioError
 
 from ..core import DataError, atomic_path, check_choice
 from .channels import PROTOCOLS
@@ -57,8 +56,7 @@ def read_day(
 ) -> xr.DataArray: # (23, H, W) with its place; the last band is HHMM
     "Read an image; raise `DataError` where it is damaged, has other bands or times that no day has."
     try: image = read_geotiff(file)
-    except RasterioError as e: raise DataError(f'{file}: damaged, it cannot be read to its end ({e.__cause__ or e}); download it again') from e
-    except DataError as e: raise e if str(file) in str(e) else DataError(f'{file}: {e}') from e
+    except DataError as e: raise DataError(f"{'' if str(file) in str(e) else f'{file}: '}{e}; mend it, or download it again") from e
     if image.ndim != 3 or len(image) != len(STORED): raise DataError(f'{file}: {len(image) if image.ndim == 3 else 1} bands, {len(STORED)} needed')
     if image.dtype.kind not in 'fiu': raise DataError(f'{file}: holds {image.dtype}, needed are real numbers')
     clock = image.values[-1][np.isfinite(image.values[-1])]
@@ -159,8 +157,9 @@ def convert_fire(
 
 def _is_done(path, stamp):
     try:
+        open_fire(path)
         with h5py.File(path) as f: return f['data'].attrs['source'] == stamp and f['data'].attrs['checksum'] == checksum(f['data'])
-    except UNREADABLE: return False
+    except (DataError, *UNREADABLE): return False
 
 # %% ../../nbs/fire/04_convert.ipynb #04c8284f
 def find_tiffs(

@@ -181,7 +181,7 @@ def daily_values(
     field: xr.DataArray, # (time, y, x) of any time step
     days: np.ndarray, # (T,) datetime64[D], ascending
     how: str = 'mean', # `mean`, `sum`, `min` or `max` over the day
-) -> xr.DataArray: # (T, y, x), NaN on days that are not covered wholly
+) -> xr.DataArray: # (T, y, x), NaN on days that hold fewer or more values than a day has time steps
     "Take daily values; raise `DataError` for sums over more than a day."
     times, days = field.time.values, days.astype('datetime64[ns]')
     step = np.median(np.diff(times)) if len(times) > 1 else _DAY
@@ -189,9 +189,8 @@ def daily_values(
     if step > _DAY: return field.reindex(time=days, method='ffill', tolerance=step - _DAY/24)
     field = field.sel(time=slice(days[0], days[-1] + _DAY - np.timedelta64(1, 'ns')))
     if not field.sizes['time']: return field.reindex(time=days)
-    groups = field.resample(time='1D')
-    whole = field.time.resample(time='1D').count() >= max(1, int(_DAY/step))
-    return getattr(groups, how)(skipna=False).where(whole).reindex(time=days)
+    groups, count, steps = field.resample(time='1D'), field.time.resample(time='1D').count(), max(1, _DAY/step)
+    return getattr(groups, how)(skipna=False).where((count >= int(steps)) & (count <= np.ceil(steps))).reindex(time=days)
 
 # %% ../../nbs/fire/08_weather.ipynb #83bcbdcb
 def pixel_places(

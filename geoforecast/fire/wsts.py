@@ -26,7 +26,7 @@ from rasterio.crs import CRS
 from ..core import ConfigError, DataError, atomic_path, check_choice, html_table
 from .channels import BAND, BANDS, PROTOCOLS, Beyond
 from ..geo.grid import Grid, utm_crs
-from ..geo.damage import check_heaps
+from ..geo.damage import check_heaps, check_length, chunks_of
 from ..geo.io import georeference
 
 # %% ../../nbs/fire/03_wsts.ipynb #1c863277
@@ -153,6 +153,7 @@ def _describe(path, file, crs, origin):
     block = _block_of(path, dataset)
     _check_lzf(path, dataset)
     check_heaps(path, (block, block + dataset.nbytes) if block else (0, 0))
+    if dataset.chunks: check_length(path)
     attrs = {name: _attribute(path, dataset, name) for name in ATTRIBUTES if name in dataset.attrs}
     if 'img_dates' not in attrs: raise DataError(f"{path}: dataset 'data' lacks the attribute 'img_dates', the list of its days")
     dates = parse_dates(np.atleast_1d(attrs['img_dates']), path)
@@ -177,15 +178,16 @@ def _block_of(path, dataset):
     if dataset.dtype.kind not in 'fiu': raise DataError(f"{path}: 'data' holds {dataset.dtype}, needed are real numbers such as float32")
     if dataset.is_virtual or dataset.external or Path(dataset.file.filename) != path: raise DataError(f"{path}: 'data' points into other files; write its numbers into this one, for instance with h5repack")
     if dataset.nbytes > 2000*dataset.id.get_storage_size(): raise DataError(f"{path}: only {dataset.id.get_storage_size():,} of {dataset.nbytes:,} bytes of 'data' were ever written; copy or convert it again")
+    whole = prod(-(-n//c) for n, c in zip(dataset.shape, dataset.chunks)) if dataset.chunks else 0
+    if whole and (there := len({c.chunk_offset for c in chunks_of(dataset)})) < whole: raise DataError(f"{path}: only {there:,} of {whole:,} chunks of 'data' are there, and the others would read as zeros; copy or convert it again")
     plain = dataset.id.get_type() == h5py.h5t.py_create(dataset.dtype) # other layouts of bits are left to the library
     return dataset.id.get_offset() if plain and dataset.chunks is None else None
 
 def _check_lzf(path, dataset):
     "Refuse chunks that LZF would unpack to another size: the library leaves the rest as the memory was."
     if dataset.compression != 'lzf' or dataset.fletcher32: return
-    whole, chunks = dataset.dtype.itemsize*prod(dataset.chunks), []
-    dataset.id.chunk_iter(chunks.append)
-    for chunk in chunks:
+    whole = dataset.dtype.itemsize*prod(dataset.chunks)
+    for chunk in chunks_of(dataset):
         mask, packed = dataset.id.read_direct_chunk(chunk.chunk_offset)
         if (len(packed) if mask else _unpacked(packed)) != whole: raise DataError(f"{path}: a chunk of 'data' at {chunk.chunk_offset} is damaged; copy or convert it again")
 

@@ -7,6 +7,7 @@ import csv
 import io
 import re
 import shutil
+import struct
 import warnings
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -180,11 +181,23 @@ def linked(how):
                 f.create_dataset("data", fields().shape, "f4", external=[("numbers.bin", 0, h5py.h5f.UNLIMITED)])
             if how == "never written": f.create_dataset("data", fields().shape, "f4")
             if how == "chunks never written": f.create_dataset("data", (4000, 23, 4000, 4000), "f4", chunks=(1, 1, 4000, 4000), compression="gzip")
+            if how == "some chunks never written": f.create_dataset("data", fields().shape, "f4", chunks=(1, 1, *GRID.shape))[1:] = fields()[1:]
             if how == "datatype": f["data"] = np.dtype("f4")
             if how not in ("group", "datatype", "link to nowhere", "link to itself"):
                 n = f["data"].shape[0]
                 f["data"].attrs.update(year=2020, fire_name="good", lnglat=(-119.0, 37.7), img_dates=[str(d) for d in np.datetime64("2020-09-05") + np.arange(min(n, 8))])
     return write
+
+
+def emptied(write, name):
+    "A function that writes a file in chunks with checksums, whose index then says that the second one has no bytes."
+    def damaged(path):
+        write(path)
+        with h5py.File(path) as f: chunk = f[name].id.get_chunk_info(1)
+        entry, content = struct.pack(f"<II{len(chunk.chunk_offset) + 2}Q", chunk.size, 0, *chunk.chunk_offset, 0, chunk.byte_offset), path.read_bytes()
+        assert content.count(entry) == 1
+        path.write_bytes(content.replace(entry, bytes(4) + entry[4:]))
+    return damaged
 
 
 def other_file(kind):
@@ -241,7 +254,10 @@ TARGETED = {
     # links and files
     "other name": (lambda p: h5py.File(p, "w").create_dataset("images", data=data).file.close(), "refused"), "external link": (linked("external link"), "refused"), "link to nowhere": (linked("link to nowhere"), "refused"),
     "link to itself": (linked("link to itself"), "refused"), "group": (linked("group"), "refused"), "virtual": (linked("virtual"), "refused"), "external numbers": (linked("external numbers"), "refused"), "never written": (linked("never written"), "refused"),
-    "chunks never written": (linked("chunks never written"), "refused"), "datatype": (linked("datatype"), "refused")} | {
+    "chunks never written": (linked("chunks never written"), "refused"), "datatype": (linked("datatype"), "refused"),
+    # chunks
+    "some chunks never written": (linked("some chunks never written"), "refused"), "a chunk of no bytes": (emptied(written(compression="lzf"), "data"), "refused"),
+    "a chunk of no bytes, by others": (emptied(rewritten(storage=dict(chunks=(1, 1, *GRID.shape), fletcher32=True)), "data"), "refused")} | {
     f"file: {kind}": (other_file(kind), "refused") for kind in ("empty", "PNG", "CSV", "folder", "loop", "link to nowhere", "HDF5 signature", "NetCDF")}
 
 
@@ -474,6 +490,16 @@ def test_random_damage_of_an_image(images, tmp_path, many, ledger):
     tried(judge, ledger, "GeoTIFFs: random")
 
 
+def test_a_damaged_archive_is_converted_anew(images, tmp_path):
+    "What was converted before is looked at before it is taken as done."
+    path, = convert_tiffs(images, tmp_path, compression="lzf", report=lambda line: None)
+    whole, judge = path.read_bytes(), Judge(lambda path: convert_tiffs(images, tmp_path, compression="lzf", report=lambda line: None) and None)
+    emptied(lambda path: None, "data")(path)
+    assert judge.try_file("a chunk of no bytes", path) == "right", judge.report()
+    judge.close()
+    assert path.read_bytes() == whole
+
+
 # Weather
 
 LON, LAT, TIMES = np.linspace(-120.2, -118.9, 14), np.linspace(38.2, 37.2, 11), np.arange("2020-09-05", "2020-09-13", dtype="datetime64[h]")
@@ -559,11 +585,14 @@ def along(name, order):
 def holes(values, axes): values["t2m"][5, 3, 3] = np.nan
 
 
+def moved(hours): return lambda x: x + hours*(np.arange(len(x)) == 75)
+
+
 WEATHER_CASES = {
     "as it is": ({}, "right"), "classic": (dict(kind="NETCDF3_CLASSIC"), "right"), "packed": (dict(zlib=True, shuffle=True), "right"), "single": (dict(change=lambda v, a: v.update({k: x.astype("f4") for k, x in v.items()})), "right"),
     "south first": (dict(change=along("latitude", lambda x, at: np.flip(x, at))), "right"), "shuffled": (dict(change=along("longitude", lambda x, at: np.take(x, np.random.default_rng(0).permutation(len(LON)), at))), "right"),
     "times shuffled": (dict(change=along("time", lambda x, at: np.take(x, np.random.default_rng(0).permutation(len(TIMES)), at))), "right"), "degrees Celsius": (dict(change=numbers("t2m", lambda x: x - 273.15), units=dict(t2m="degC")), None),
-    "some NaN": (dict(change=holes), "right"), "a day is cut": (dict(change=along("time", lambda x, at: np.take(x, np.arange(180), at))), "right"),
+    "some NaN": (dict(change=holes), "right"), "an hour of another day": (dict(change=axis("time", moved(26.75))), "right"), "an hour beyond all": (dict(change=axis("time", moved(1e4))), "right"), "a day is cut": (dict(change=along("time", lambda x, at: np.take(x, np.arange(180), at))), "right"),
     "K as degC": (dict(units=dict(t2m="degC")), "refused"), "degC as K": (dict(change=numbers("t2m", lambda x: x - 273.15)), "refused"), "hPa as Pa": (dict(change=numbers("sp", lambda x: x/100)), "refused"), "1e36": (dict(change=numbers("t2m", lambda x: 0*x + 1e36)), "refused"),
     "1e30": (dict(change=numbers("u10", lambda x: 0*x + 1e30)), "refused"), "unknown unit": (dict(units=dict(t2m="furlong")), "refused"), "no variable": (dict(names={n: f"x_{n}" for n in WEATHER}), "refused"), "text": (dict(change=numbers("t2m", lambda x: np.full(x.shape, b"a"))), "refused"),
     "latitude twice": (dict(change=axis("latitude", lambda x: np.r_[x[:1], x[:-1]])), "refused"), "times twice": (dict(change=axis("time", lambda x: np.r_[x[:1], x[:-1]])), "refused"), "latitude NaN": (dict(change=axis("latitude", lambda x: np.r_[np.nan, x[1:]])), "refused"),
@@ -574,7 +603,8 @@ WEATHER_CASES = {
 def test_targeted_damage_of_weather(tmp_path, ledger):
     judge = Judge(use_weather)
     cases = {name: (lambda p, options=options: write_weather(p, **options), expected) for name, (options, expected) in WEATHER_CASES.items() if expected}
-    cases |= {"empty": (lambda p: p.write_bytes(b""), "refused"), "CSV": (lambda p: p.write_text("a,b\n1,2\n"), "refused"), "empty folder": (lambda p: p.mkdir(), "refused"), "loop": (lambda p: p.symlink_to(p.name), "refused"), "fire": (lambda p: shutil.copy(FIRE["path"], p), "refused")}
+    cases |= {"empty": (lambda p: p.write_bytes(b""), "refused"), "CSV": (lambda p: p.write_text("a,b\n1,2\n"), "refused"), "empty folder": (lambda p: p.mkdir(), "refused"), "loop": (lambda p: p.symlink_to(p.name), "refused"), "fire": (lambda p: shutil.copy(FIRE["path"], p), "refused"),
+              "a chunk of no bytes": (emptied(lambda p: write_weather(p, fletcher32=True, chunksizes=(24, 11, 14)), "t2m"), "refused")}
     try_targeted(judge, cases, tmp_path, "weather.nc")
     tried(judge, ledger, "weather: units, coordinates, numbers, files")
 
