@@ -38,3 +38,8 @@ def test_checkpointing_under_autocast(channels_last):
         with torch.autocast('cpu', torch.bfloat16): outputs, _ = lstm(x)
         grads.append(torch.autograd.grad(outputs.float().square().sum(), lstm.parameters()))
     torch.testing.assert_close(*grads, rtol=2e-2, atol=2e-2)
+
+@pytest.mark.parametrize('size', [8, 40])  # either side of the limit of `_layout`
+def test_checkpointing_notices_a_stack_that_was_changed(size):
+    outputs, _ = ConvLSTM(3, (8,), checkpointing=True)(torch.randn(1, 3, 3, size, size))
+    with pytest.raises(RuntimeError, match='modified by an inplace operation|being modified inplace'): outputs.relu_().sum().backward()

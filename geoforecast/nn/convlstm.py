@@ -170,6 +170,21 @@ def _stack(steps):
     if steps[0].is_contiguous(): return torch.stack(steps, 1)
     return torch.stack([s.movedim(1, -1) for s in steps], 1).movedim(-1, 2)
 
+class _StackInPlace(torch.autograd.Function):
+    "Stack steps that `checkpoint` keeps, and let them lie in the stack's memory from then on."
+    @staticmethod
+    def forward(ctx, *steps):
+        stacked = _stack(steps)
+        for step, same in zip(steps, stacked.unbind(1)): step.data = same
+        ctx.save_for_backward(stacked)
+        return stacked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ctx.saved_tensors # raises if the stack, and so the steps, were changed meanwhile
+        return grad.unbind(1)
+
 def _walk(cell, steps, checkpointing):
     "Let `cell` take all `steps`; return its hidden state after each and its last state."
     state, outputs, weights = None, [], cell.weights(steps[0])
@@ -199,7 +214,8 @@ class ConvLSTM(nn.Module):
         x: Tensor, # (B, T, C, H, W)
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]: # All steps of the last layer (B, T, directions*hidden, H, W); last (h, c) of each layer and direction
         steps, states = self.steps(x)
-        return _stack(steps), states
+        kept = self.checkpointing and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return _StackInPlace.apply(*steps) if kept else _stack(steps), states
 
     def steps(self,
         x: Tensor, # (B, T, C, H, W)
