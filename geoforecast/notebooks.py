@@ -207,6 +207,7 @@ def end_report(
     if status != 'done': nb.cells.insert(0, new_markdown_cell(_note(plan, nb.metadata['geoforecast']), metadata=dict(tags=[MARK])))
     _write(nb, plan.folder/'run.ipynb')
 
+# %% ../nbs/notebooks.ipynb #f1a2c7cc
 def report_of(
     folder: str | Path, # A run's
 ) -> dict: # status, parameters, source, started, ended, duration, section, error; empty where there is none
@@ -275,6 +276,7 @@ def _started(run, progress, name, attempts=3):
             if progress.begun: raise
             if not left: raise NotebookFailed(f"{name}: the notebook's process cannot be started ({e}); `python -m ipykernel_launcher` may show why") from e
 
+# %% ../nbs/notebooks.ipynb #46a88e8b
 def _whole():
     from papermill.iorw import LocalHandler
     class Whole(LocalHandler):

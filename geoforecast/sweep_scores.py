@@ -64,6 +64,7 @@ class SweepScores:
     __repr__ = __str__
     def _repr_html_(self): return self.table._repr_html_() + (self.over_seeds().to_html(index=False, border=0) if self.seeds else '') + f'<p>{ADVICE}</p>'*self.validated
 
+# %% ../nbs/sweep_scores.ipynb #ba649638
 def gather(
     plans: list[Plan], # Of the runs, one or more
     swept: dict[str, list], # Name to values
@@ -133,6 +134,7 @@ def _draw_line(ax, points, score, number, seeds, **style):
     if seeds: ax.plot([x for x, _ in points], [r[score] for _, r in points], 'o', ms=5, alpha=.6, **style)
     else: ax.vlines(*zip(*[(x, r[f'{score}_lo'], r[f'{score}_hi']) for x, r in points if f'{score}_lo' in r] or [(np.nan,)*3]), lw=1, **style)
 
+# %% ../nbs/sweep_scores.ipynb #c7c2ccde
 @patch
 def draw(self: SweepScores,
     ax: plt.Axes | None = None, # To draw on

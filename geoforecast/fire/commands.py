@@ -212,6 +212,7 @@ def describe_fire(
              'windows': f'{len(windows_of([fire], window_size))} of {window_size} observed days and the day after'}
     return f'{fire.name} ({fire.year}), {shown(fire.path)}\n' + '\n'.join(f'  {k:12} {v}' for k, v in lines.items())
 
+# %% ../../nbs/fire/24_commands.ipynb #a5341e8e
 def _crs_name(crs):
     from rasterio.crs import CRS
     found = CRS.from_user_input(crs)

@@ -88,6 +88,7 @@ class _Faults:
 
 def _some(words, n): return ', '.join(words[:n] + ['…']*(len(words) > n))
 
+# %% ../../nbs/precipitation/08_data.ipynb #0602eab9
 def stack_series(
     ds: xr.Dataset, # Standard data set
     channels: list[str] | None = None, # Those of the data where None

@@ -184,6 +184,7 @@ def propose_tiles(
     if not ranked: raise DataError(f'{data_dir} holds no tile without a label that shows anything new; add images without a mask')
     return ranked
 
+# %% ../../nbs/segmentation/21_active.ipynb #2d341d9e
 def select_tiles(
     bundle: str | Path, # A trained model, or the run that wrote it
     data_dir: str | Path, # Images with and without masks
