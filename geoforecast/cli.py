@@ -266,6 +266,7 @@ def _bands(options, function):
     if options.bands and 'bands' not in inspect.signature(function).parameters: raise ConfigError('--bands goes with a model of images; leave it out')
     return dict(bands=options.bands) if options.bands else {}
 
+# %% ../nbs/cli.ipynb #bb71c960
 def score(options: argparse.Namespace): # bundle, data, bands, out
     "Score a bundle on data."
     bundle, evaluation = _open(options.bundle)
@@ -373,6 +374,7 @@ def _stopped_by_schedulers():
         for timer in again: timer.cancel()
         for number, handler in before.items(): signal.signal(number, handler)
 
+# %% ../nbs/cli.ipynb #95250ae2
 def main(
     words: list[str] | None = None, # What follows `geoforecast`; the command line by default
 ) -> int: # Exit status: 0 done, 1 failed, 2 input that does not fit, 130 interrupted

@@ -169,6 +169,7 @@ class Beyond:
             if beyond > known/2: raise DataError(f'{text}; the band has another unit or is damaged: mend it, or leave it out of the channels')
             if beyond: warnings.warn(f'{text} and count as unknown; is the file damaged?', stacklevel=3)
 
+# %% ../../nbs/fire/01_channels.ipynb #7e789637
 class Statistics:
     "Collect mean, standard deviation and fire rate over a stream of raw arrays."
     def __init__(self,

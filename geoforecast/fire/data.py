@@ -146,6 +146,7 @@ def _flip(rng):
     def turn_angles(a): a[:] = turned_angles(a, left_right, upside_down, turns)
     return lambda x: np.rot90(x, -turns, (-2, -1))[flips], turn_angles
 
+# %% ../../nbs/fire/13_data.ipynb #ded46e78
 @patch
 def _burning_pixels(self: FireWindows, i):
     if i not in self._burning:
