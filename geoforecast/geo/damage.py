@@ -137,6 +137,14 @@ def _codecs(described):
     return found.union(*map(_codecs, parts))
 
 # %% ../../nbs/geo/06_damage.ipynb #e31ed12b
+def _check_lengths(path, name, described):
+    "Refuse chunks packed by Blosc that are shorter or longer than they say: what lies behind them in the memory would be unpacked."
+    last = described.get('compressor') or (described.get('codecs') or [{}])[-1]
+    if 'blosc' not in (last.get('id'), last.get('name')): return
+    for chunk in (p for p in (Path(path)/name).rglob('*') if p.is_file() and p.name[0] != '.' and p.name != 'zarr.json'):
+        with open(chunk, 'rb') as f: said = int.from_bytes(f.read(16)[12:], 'little')
+        if said != (size := chunk.stat().st_size): raise DataError(f"{path} is damaged: {chunk.relative_to(path)} has {size:,} bytes, and its head speaks of {said:,}; copy the store again")
+
 def check_store(
     path: str | Path, # A folder
 ):
@@ -146,6 +154,7 @@ def check_store(
         check_announced(Path(path)/name, a.nbytes, path)
         if a.nchunks > 10**7: raise DataError(f"{path}: {name} is cut into {a.nchunks:,} chunks; rechunk the store to some megabytes each")
         if unknown := _codecs(a.metadata.to_dict()) - CODECS: raise DataError(f"{path}: {name} is packed by '{min(unknown)}', which is none of the codecs for numbers and could run code when it is read; write the store anew with a common one, such as zstd")
+        _check_lengths(path, name, a.metadata.to_dict())
     for folder in (p for p in Path(path).iterdir() if p.is_dir() and not p.name.startswith('.')):
         if any(folder.iterdir()) and not any((folder/n).exists() for n in ('zarr.json', '.zarray', '.zgroup')):
             raise DataError(f"{path} is damaged: {folder.name} holds chunks, but neither zarr.json nor .zarray; copy the store again")

@@ -118,6 +118,16 @@ def _leads(ds):
         ds = ds.assign_coords({name: (v.dims, (v.values*3.6e12).round().astype('m8[ns]'), attrs)})
     return ds
 
+_SECONDS = xr.coders.CFDatetimeCoder(time_unit='s') # Decoded to nanoseconds, a date of 2478 would silently become one of 1893
+
+def _dates(ds):
+    "Bring dates to nanoseconds where they fit; others stay in seconds."
+    for name, v in ds.coords.items():
+        if v.dtype.kind != 'M': continue
+        fits = np.isnat(v.values) | (v.values >= np.datetime64('1678')) & (v.values < np.datetime64('2262'))
+        if fits.all(): ds = ds.assign_coords({name: v.variable.copy(data=v.values.astype('M8[ns]'))})
+    return ds
+
 # %% ../../nbs/geo/02_io.ipynb #bcbe5c32
 def _stamp(attrs, approximate):
     "Complete global attributes: what the file says of itself, then conventions and history."
@@ -185,7 +195,7 @@ def read_netcdf(
         check_length(path)
         with netCDF4.Dataset(path) as f:
             for v in f.variables.values(): check_announced(path, v.size*getattr(v.dtype, 'itemsize', 1))
-        ds = _leads(xr.open_dataset(path, engine='netcdf4', decode_coords='all', decode_timedelta=False))
+        ds = _leads(_dates(xr.open_dataset(path, engine='netcdf4', decode_times=_SECONDS, decode_coords='all', decode_timedelta=False)))
     return ds
 
 # %% ../../nbs/geo/02_io.ipynb #75ad0d41
@@ -213,7 +223,7 @@ def read_zarr(
     if not Path(path).is_dir(): raise DataError(f"cannot read {path} as Zarr: there is no such folder")
     with reading(path, 'Zarr'):
         check_store(path)
-        return _leads(xr.open_zarr(path, decode_coords='all', decode_timedelta=False, consolidated=False))
+        return _leads(_dates(xr.open_zarr(path, decode_times=_SECONDS, decode_coords='all', decode_timedelta=False, consolidated=False)))
 
 # %% ../../nbs/geo/02_io.ipynb #63cbefa3
 def _image(data):

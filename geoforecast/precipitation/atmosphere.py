@@ -55,8 +55,8 @@ def axis_values(
     values = np.atleast_1d(axis.values).astype(float)
     wrong = ~((values >= low) & (values <= high))
     if wrong.any(): raise DataError(f"the coordinate '{axis.name}' holds {values[wrong][0]:g} in place {np.flatnonzero(wrong)[0] + 1} of {values.size}, which is not between {low:g} and {high:g}; repair it")
-    where = np.unique(values, return_index=True)[1]
-    if len(where) < values.size or not values.size: raise DataError(f"the coordinate '{axis.name}' has {values.size} values, of which {len(where)} differ; each must be there once")
+    differing = len(np.unique(np.round(values, 6)))
+    if differing < values.size or not values.size: raise DataError(f"the coordinate '{axis.name}' has {values.size} values, of which {differing} differ; each must be there once")
     return values
 
 def pressure_levels(
@@ -67,9 +67,10 @@ def pressure_levels(
     if not unit and len(values) > 3 and (np.abs(np.diff(np.sort(values))) == 1).all():
         raise DataError(f"'{levels.name}' counts {values.min():g} to {values.max():g} without a unit: model levels, not pressure levels; interpolate to pressure")
     unit = unit or ('hPa' if levels.name.lower() == 'isobaricinhpa' or values.max() <= 1100 else 'Pa')
-    try: hpa = np.round(convert_units(values, unit, 'hPa'), 6)
+    try: hpa = np.array([float(f'{v:g}') for v in convert_units(values, unit, 'hPa')]) # As channels are called
     except DataError as e: raise DataError(f"the levels '{levels.name}' are no pressure: {e}; interpolate model or height levels to pressure") from e
     if not (hpa.min() > 0 and TOP <= hpa.max() <= 1100): raise DataError(f"the levels '{levels.name}' reach from {hpa.min():g} to {hpa.max():g} hPa, not from above 0 to between {TOP:g} and 1100; check their unit")
+    if len(set(hpa)) < len(hpa): raise DataError(f"the levels '{levels.name}' differ by less than their first six digits; each must be there once")
     return hpa
 
 # %% ../../nbs/precipitation/03_atmosphere.ipynb #89dec8ec
