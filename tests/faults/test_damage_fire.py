@@ -84,7 +84,7 @@ def plain_fire(path: Path) -> tuple:
     with h5py.File(path) as f:
         d = f["data"]
         assert not d.is_virtual and d.file.filename == str(path)
-        attrs = {k: v.decode(errors="replace") if isinstance(v, bytes) else v for k, v in d.attrs.items()}
+        attrs = {k: v.decode(errors="replace") if isinstance(v := d.attrs[k], bytes) else v for k in ("year", "fire_name", "img_dates", "crs", "transform") if k in d.attrs}
         return d[...].astype(np.float32), [(t.decode() if isinstance(t, bytes) else str(t))[:10] for t in attrs["img_dates"]], attrs
 
 
@@ -200,6 +200,14 @@ def emptied(write, name):
     return damaged
 
 
+def foreign_attribute(path):
+    "A year whose name and type have become such as no library converts is no year, and says nothing."
+    rewritten()(path)
+    year, content = b"year\0\0\0\0\x10\x08\0", path.read_bytes()
+    assert content.count(year) == 1
+    path.write_bytes(content.replace(year, b"yea@\0\0\0\0\x34\xff\x03"))
+
+
 def other_file(kind):
     def write(path):
         if kind == "empty": path.write_bytes(b"")
@@ -223,7 +231,7 @@ TARGETED = {
     "checksums": (rewritten(data, dict(chunks=(3, 5, 4, 4), fletcher32=True)), "right"), "room to grow": (rewritten(data, dict(chunks=True, maxshape=(None,)*4)), "right"),
     "fixed text": (rewritten(fire_name=np.bytes_(b"good"), img_dates=np.array(days(), "S10")), "right"), "dates of files": (rewritten(img_dates=[f"{d}.tif" for d in DAYS]), "right"),
     "no CRS": (rewritten(crs=None), "right"), "no transform": (rewritten(transform=None), "right"), "no name": (rewritten(fire_name=None), "right"), "no year": (rewritten(year=None), "right"),
-    "user block": (lambda p: (rewritten()(p.parent/"x"), h5py.File(p, "w", userblock_size=512).close(), _copy(p.parent/"x", p)), "right"), "soft link": (linked("soft link"), "right"),
+    "an attribute of no use": (foreign_attribute, "right"), "user block": (lambda p: (rewritten()(p.parent/"x"), h5py.File(p, "w", userblock_size=512).close(), _copy(p.parent/"x", p)), "right"), "soft link": (linked("soft link"), "right"),
     # types and shapes
     "text": (rewritten(np.full(data.shape, b"1.5")), "refused"), "objects": (rewritten(np.full((8, 23, 2, 2), "1.5", object), dict(dtype=h5py.string_dtype())), "refused"),
     "compound": (rewritten(compound), "refused"), "complex": (rewritten(data.astype("c8")), "refused"), "booleans": (rewritten(data > 0), "refused"),
