@@ -45,6 +45,7 @@ def work(path: Path, folder: str):
     if path.parent.name == "runs":
         options = {"preset": "quick", "output_dir": f"{folder}/run"}
         os.execv(sys.executable, [sys.executable, "-m", "papermill", str(path), f"{folder}/out.ipynb", "--no-progress-bar", *(w for o in options.items() for w in ("-p", *o))])
+    multiprocessing.set_start_method(None, force=True)  # A process of one's own starts others as its user's would
     from nbdev.test import test_nb
     sys.exit(not test_nb(path)[0])
 

@@ -269,6 +269,7 @@ def _bands(weather, days, grid, where):
     _tell(outside, [v for v in found.values() if v.ndim == 3], len(days))
     return {b: np.broadcast_to(found[b].astype(np.float32), (len(days), *grid.shape)) for b in STORED if b in found}
 
+# %% ../../nbs/fire/08_weather.ipynb #e75bb6be
 _LEAST, _MOST = dict(temperature_min=150, temperature_max=150), dict(specific_humidity=.1) # where a unit that is wrong stays within the limit of the band
 
 def _natural(name, values, where):

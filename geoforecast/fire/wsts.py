@@ -201,6 +201,7 @@ def _unpacked(packed):
         at += 2 + long if repeats else head + 2
     return total
 
+# %% ../../nbs/fire/03_wsts.ipynb #13abf0c9
 def _on_earth(grid):
     "Whether the outermost cells have a longitude and a latitude."
     try: corners = [grid.crop(slice(r, r + 1), slice(c, c + 1)).lonlat() for r in (0, grid.height - 1) for c in (0, grid.width - 1)]
