@@ -1020,6 +1020,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'geoforecast.geo.damage._speaks_of_more': ( 'geo/damage.html#_speaks_of_more',
                                                                                     'geoforecast/geo/damage.py'),
                                         'geoforecast.geo.damage._text_sizes': ('geo/damage.html#_text_sizes', 'geoforecast/geo/damage.py'),
+                                        'geoforecast.geo.damage._words_of': ('geo/damage.html#_words_of', 'geoforecast/geo/damage.py'),
                                         'geoforecast.geo.damage.check_heaps': ('geo/damage.html#check_heaps', 'geoforecast/geo/damage.py'),
                                         'geoforecast.geo.damage.check_length': ( 'geo/damage.html#check_length',
                                                                                  'geoforecast/geo/damage.py'),

@@ -1,10 +1,14 @@
 "What the IOOS compliance checker says about the NetCDF files that geoforecast writes."
+import sys
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from geoforecast.geo.grid import Grid
-from geoforecast.geo.io import georeference, write_netcdf
+from geoforecast.geo.io import georeference, read_netcdf, write_netcdf
 
 cfchecker = pytest.importorskip("compliance_checker.runner", reason="pip install compliance-checker")
 from compliance_checker.suite import CheckSuite
@@ -55,3 +59,14 @@ def test_the_checker_notices_what_is_not_cf(tmp_path):
     CheckSuite.load_all_available_checkers()
     passed, _ = cfchecker.ComplianceChecker.run_checker(str(tmp_path / "bare.nc"), ["cf:1.8"], verbose=0, criteria="strict", output_filename=str(tmp_path / "report.txt"))
     assert not passed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are looked up in /proc")
+@pytest.mark.parametrize("dates", ["2020-09-05", "2478-06-01"])
+def test_a_file_that_was_read_is_closed(tmp_path, dates):
+    "Whether dates, or lead times, had to be brought to another form or not."
+    times = np.datetime64(dates, "s") + np.arange(2)*np.timedelta64(1, "D")
+    xr.Dataset(dict(rain=("time", [1., 2.])), dict(time=times)).to_netcdf(tmp_path/"rain.nc")
+    def open_files(): return [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and "rain.nc" in str(link.readlink())]
+    with read_netcdf(tmp_path/"rain.nc") as ds: assert open_files()
+    assert not open_files(), ds

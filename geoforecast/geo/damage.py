@@ -9,11 +9,12 @@ __all__ = ['CODECS', 'reading', 'check_length', 'chunks_of', 'check_heaps', 'che
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
+from traceback import clear_frames
 import h5py
 import mmap
 import warnings
 import zarr
-from ..core import DataError, GeoforecastError
+from ..core import DataError, GeoforecastError, causes
 from ..guard import check_announced
 
 # %% ../../nbs/geo/06_damage.ipynb #94f2e3cc
@@ -26,8 +27,13 @@ def reading(
     try: yield
     except GeoforecastError: raise
     except Exception as e:
-        told = e.__cause__ if e.__cause__ and 'See previous exception' in str(e) else e # GDAL's own words
-        raise DataError(f"cannot read {path} as {kind}: {' '.join(str(told).split())[:300].rstrip('.') or type(told).__name__}") from e
+        for error in causes(e): clear_frames(error.__traceback__)
+        raise DataError(f"cannot read {path} as {kind}: {_words_of(e)}") from e
+
+def _words_of(error):
+    "What an error says, on one line; rasterio leaves GDAL's own words to the cause."
+    if error.__cause__ and 'See previous exception' in str(error): error = error.__cause__
+    return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
 
 
 # %% ../../nbs/geo/06_damage.ipynb #4ae86e17

@@ -195,7 +195,9 @@ def read_netcdf(
         check_length(path)
         with netCDF4.Dataset(path) as f:
             for v in f.variables.values(): check_announced(path, v.size*getattr(v.dtype, 'itemsize', 1))
-        ds = _leads(_dates(xr.open_dataset(path, engine='netcdf4', decode_times=_SECONDS, decode_coords='all', decode_timedelta=False)))
+        opened = xr.open_dataset(path, engine='netcdf4', decode_times=_SECONDS, decode_coords='all', decode_timedelta=False)
+        ds = _leads(_dates(opened))
+    if ds is not opened: ds.set_close(opened.close) # xarray closes only what it opened itself
     return ds
 
 # %% ../../nbs/geo/02_io.ipynb #75ad0d41

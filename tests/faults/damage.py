@@ -111,10 +111,11 @@ class Judge:
         return ending
 
     def try_all(self, good: Path, cases: Iterable[tuple[str, bytes]]):
-        "Use files that hold the bytes of `cases` under the name of the good one."
+        "Use files that hold the bytes of `cases` under the name of the good one, each a new file: netCDF4 may leave one that it cannot read open, and HDF5 would read on in it."
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder)/good.name
             for name, content in cases:
+                path.unlink(missing_ok=True)
                 path.write_bytes(content)
                 self.try_file(name, path)
 
